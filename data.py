@@ -71,7 +71,10 @@ def parse_flags(cls, argv=None):
             plain = [t for t in typing.get_args(field.type) or [field.type] if t is not type(None)]
             options["type"] = plain[0]
         parser.add_argument(flag, dest=field.name, default=default, help=help_text, **options)
-    return cls(**vars(parser.parse_args(argv)))
+    try:
+        return cls(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def run_script(body, run):

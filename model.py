@@ -46,7 +46,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
-from ssm import Linear, Mamba2, accumulator, documents, median_seconds, relative_error
+from ssm import Linear, Mamba2, accumulator, documents, inverse_rms, median_seconds, \
+    relative_error
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -193,8 +194,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        weight = self.weight.to(accumulator(x))
-        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
+        fine = x.to(accumulator(x))
+        return (fine * inverse_rms(fine, self.eps) * self.weight).to(x.dtype)
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -655,14 +656,15 @@ def write_json(path, value):
 # Machine settings that scripts make (imports never do)
 
 
-def tune_cpu():
+def tune_cpu(matmul=None):
     """Two process-wide CPU settings, worth 1.2 and up to 2 times in training; returns what was done, in words.
 
     Memory: glibc hands blocks over 32 MB back to the kernel at every free, and the next allocation pays a page
     fault per 4 KB: a 64 MB addition takes 26 ms fresh and 1.5 ms in memory that was kept. Keep it.
     Matmul: torch gives fp32 products to MKL, which does not use the full vector width of AMD's cores. oneDNN
     does, and takes them when bf16 is *allowed*; on CPUs without AMX it still computes in fp32. So: allow, measure
-    error and time, and keep it only if the result is fp32-exact and faster.
+    error and time, and keep it only if the result is fp32-exact and faster. matmul: a setting found before, to be
+    used again unmeasured, so that a resumed run computes what it computed.
     """
     import platform
     done = []
@@ -671,8 +673,11 @@ def tune_cpu():
         libc.mallopt(-4, 0)                 # M_MMAP_MAX: no block of its own mapping
         libc.mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD: keep what is freed
         done.append("freed memory is kept")
-    if torch.backends.mkldnn.is_available():
-        setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul
+    if matmul is not None:
+        setting.fp32_precision = matmul
+        done.append(f"fp32 matmuls as before ({matmul})")
+    elif torch.backends.mkldnn.is_available():
         a = torch.randn(1024, 1024)
         truth, before, plain = a.double() @ a.double(), setting.fp32_precision, median_seconds(lambda: a @ a)
         setting.fp32_precision = "bf16"

@@ -367,10 +367,10 @@ def ssd_step(state, x, dt, A, B, C, D=None):
     flat = state.view(b * g, h // g * p, n)
 
     state.mul_(a.exp()[..., None, None])
-    flat.baddbmm_(u.reshape(b * g, -1, 1).to(state.dtype), B.reshape(b * g, 1, n).to(state.dtype))
-    y = torch.bmm(flat, C.reshape(b * g, n, 1).to(state.dtype)).view(b, h, p)
+    flat.addcmul_(u.reshape(b * g, -1, 1).to(state.dtype), B.reshape(b * g, 1, n).to(state.dtype))
+    y = torch.bmm(C.reshape(b * g, 1, n).to(state.dtype), flat.transpose(1, 2)).view(b, h, p)
     if D is not None:
-        y = y + x * D[:, None]
+        y = torch.addcmul(y, x.to(y.dtype), D[:, None].to(y.dtype))
     return y.to(x.dtype)
 
 
@@ -457,6 +457,12 @@ def _taps(window, weight, bias, masks):
     return out
 
 
+def inverse_rms(x, eps):
+    """1 / sqrt(mean(x^2) + eps) over the last axis, which is kept."""
+    norm = torch.linalg.vector_norm(x, 2, -1, True)
+    return torch.addcmul(x.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt()
+
+
 def gated_group_norm(y, z, weight, n_groups, eps):
     """Gate, then RMSNorm each of n_groups slices, then weight: y, z (..., d) -> (..., d) in y's dtype.
 
@@ -465,9 +471,8 @@ def gated_group_norm(y, z, weight, n_groups, eps):
     """
     if y.shape[-1] % n_groups:
         raise ValueError(f"{y.shape[-1]} channels cannot form {n_groups} groups of equal size")
-    d = y.shape[-1]
-    out = _GatedGroupNorm.apply(y.reshape(-1, d), z.reshape(-1, d), weight, n_groups, eps)
-    return out.view(y.shape)
+    rows = y.reshape(-1, y.shape[-1]), z.reshape(-1, y.shape[-1])
+    return _GatedGroupNorm.apply(*rows, weight, n_groups, eps).view(y.shape)
 
 
 class _GatedGroupNorm(torch.autograd.Function):
@@ -484,17 +489,17 @@ class _GatedGroupNorm(torch.autograd.Function):
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
         for i in range(0, len(y), _GatedGroupNorm.ROWS):
             rows = slice(i, i + _GatedGroupNorm.ROWS)
-            v, _, _ = _GatedGroupNorm.normalise(ctx, y[rows], z[rows])
+            v, _, _ = _GatedGroupNorm.normalise(y[rows], z[rows], n_groups, eps)
             out[rows] = v.flatten(1).mul_(weight)
         return out
 
     @staticmethod
-    def normalise(ctx, y, z):
+    def normalise(y, z, n_groups, eps):
         """v (rows, groups, d / groups), 1 / rms (rows, groups, 1), silu(z) (rows, d)."""
         gate = F.silu(z.to(accumulator(y)))
-        s = (y * gate).view(len(y), ctx.n_groups, -1)
-        inverse_rms = (s.square().mean(-1, keepdim=True) + ctx.eps).rsqrt_()
-        return s.mul_(inverse_rms), inverse_rms, gate
+        s = (y * gate).view(len(y), n_groups, -1)
+        scale = inverse_rms(s, eps)
+        return s.mul_(scale), scale, gate
 
     @staticmethod
     @once_differentiable
@@ -504,11 +509,11 @@ class _GatedGroupNorm(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=accumulator(y))
         for i in range(0, len(y), _GatedGroupNorm.ROWS):
             rows = slice(i, i + _GatedGroupNorm.ROWS)
-            v, inverse_rms, gate = _GatedGroupNorm.normalise(ctx, y[rows], z[rows])
+            v, scale, gate = _GatedGroupNorm.normalise(y[rows], z[rows], ctx.n_groups, ctx.eps)
             d = dout[rows].to(v.dtype)
             dweight += (d * v.flatten(1)).sum(0)
             m = (d * weight).view_as(v)
-            ds = (m - v * (m * v).mean(-1, keepdim=True)).mul_(inverse_rms).flatten(1)
+            ds = (m - v * (m * v).mean(-1, keepdim=True)).mul_(scale).flatten(1)
             dy[rows] = ds * gate
             dz[rows] = torch.ops.aten.silu_backward(ds.mul_(y[rows]), z[rows].to(v.dtype))
         return dy, dz, dweight.to(weight.dtype), None, None
@@ -521,7 +526,13 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight
+        if weight.dtype != x.dtype:
+            weight = weight.to(x.dtype)
+        few_rows = x.dtype == torch.float32 and x.numel() <= 16 * weight.shape[1]
+        if few_rows and not x.is_cuda and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")   # oneDNN, see `tune_cpu`
+        return F.linear(x, weight)
 
 
 class GatedGroupNorm(nn.Module):
@@ -577,8 +588,8 @@ class Mamba2(nn.Module):
         # One token with a state: the recurrence itself, everything in place.
         if t == 1 and ssm_state is not None:
             xs, B, C = self.split_groups(self.conv_step(xBC[:, 0], conv_state))
-            y = ssd_step(ssm_state, xs, dt[:, 0], A, B, C, self.D)[:, None]
-            return self.out_proj(self.norm(y.flatten(2), z))
+            y = ssd_step(ssm_state, xs, dt[:, 0], A, B, C, self.D)
+            return self.out_proj(self.norm(y.view(b, 1, -1), z))
 
         # Any number of tokens: the chunked scan, from the given state or from zeros.
         weight = self.conv1d.weight.squeeze(1)
