@@ -1,0 +1,41 @@
+"""Every test starts from one seed, and memory that nobody has written is NaN."""
+
+import pathlib
+import sys
+
+import matplotlib
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+matplotlib.use("Agg")
+
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(main, argv) -> the one line of an error that exits with 2; asserts that it is one line."""
+    def run(main, argv):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert len(captured.err.strip().splitlines()) == 1 and "Traceback" not in captured.err
+        return captured.err.strip()
+    return run
+
+
+def assert_close(values, truths, names, tolerance):
+    """Relative RMS error of each value by name; the message lists every one above the tolerance."""
+    from ssm import relative_error
+    errors = {name: relative_error(v, t) for name, v, t in zip(names, values, truths, strict=True)}
+    bad = [f"{name}  rel {e:.1e} > {tolerance:.0e}" for name, e in errors.items() if not e <= tolerance]
+    assert not bad, "; ".join(bad)
