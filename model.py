@@ -235,7 +235,7 @@ class _CrossEntropy(torch.autograd.Function):
             if want_grad:
                 d = logits.sub_(norm).exp_()
                 d.scatter_add_(1, label.clamp(min=0), d.new_full(label.shape, -1.0))
-                d = d.mul_(kept / count).to(h.dtype)
+                d = d.mul_(kept.to(fine) / count).to(h.dtype)
                 dh[i:i + block] = d @ w
                 dweight += d.t() @ rows
         ctx.save_for_backward(dh, dweight)

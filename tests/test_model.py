@@ -1,0 +1,474 @@
+"""The model is the released architecture: in its numbers, in its logits, in its files."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, assert_close
+
+import model as model_file
+from model import (PRESETS, HybridConfig, HybridLM, RMSNorm, bench, config_from_hf, config_to_hf, cross_entropy,
+                   load_hf, rotate, save_hf)
+
+TINY = dict(pattern="M-M*-", vocab_size=61, d_model=24, mlp_dim=40, n_heads=6, n_kv_heads=2, head_dim=10,
+            mamba_heads=4, mamba_head_dim=9, n_groups=2, d_state=7, chunk_size=8)
+COUNTS = {"nemotron-nano-12b-v2": 12_310_001_152, "nemotron-nano-9b-v2": 8_888_227_328,
+          "nemotron-h-8b": 8_100_852_736, "nemotron-h-47b": 46_791_554_816, "nemotron-h-56b": 56_324_350_464}
+LAYERS = {"nemotron-nano-12b-v2": (28, 6, 28), "nemotron-nano-9b-v2": (27, 4, 25), "nemotron-h-8b": (24, 4, 24),
+          "nemotron-h-4b": (24, 4, 24), "nemotron-h-47b": (45, 5, 48), "nemotron-h-56b": (54, 10, 54)}
+
+
+def tiny(dtype=torch.float64, **changes):
+    """A small model with every kind of layer, parameters away from their special values."""
+    model = HybridLM(HybridConfig(**{**TINY, **changes})).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Configurations and counts
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_formula_equals_the_built_model(name):
+    config = HybridConfig.preset(name)
+    with torch.device("meta"):
+        built = HybridLM(config)
+    assert sum(p.numel() for p in built.parameters()) == config.n_params()
+    for block in built.backbone.layers:
+        assert sum(p.numel() for p in block.parameters()) == config.params_by_layer()[block.letter]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_released_sizes_are_exact(name):
+    assert HybridConfig.preset(name).n_params() == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_released_patterns_have_the_released_layers(name):
+    pattern = HybridConfig.preset(name).pattern
+    assert tuple(map(pattern.count, "M*-")) == LAYERS[name]
+    assert pattern[0] == "M" and pattern[-1] == "-"
+
+
+def test_baselines_have_the_compared_models_sizes():
+    """Qwen3-8B has 8,190,735,360 parameters, 36 x 256 of them query and key norms that the shape leaves out."""
+    qwen = HybridConfig.preset("qwen3-8b-shape")
+    assert qwen.n_params() == 8_190_735_360 - 36 * 256
+    assert qwen.cache_bytes(1, 1)["kv"] == 144 * 2 ** 10 and qwen.rope_theta
+
+
+def test_bytes_of_the_9b_are_the_published_ones():
+    config = HybridConfig.preset("nemotron-nano-9b-v2")
+    cache = config.cache_bytes(1, 131072)
+    assert round(config.weight_bytes() / 2 ** 30, 3) == 16.556
+    assert cache["kv"] == 2 * 2 ** 30 and cache["ssm"] == 135 * 2 ** 20
+    assert cache["conv"] == 27 * 12288 * 3 * 2
+
+
+def test_flops_are_those_of_the_matmuls():
+    """torch's own counter on a real forward; the scan and attention's triangle are counted by formula."""
+    from torch.utils.flop_counter import FlopCounterMode
+    config = HybridConfig(**{**TINY, "pattern": "-M-"})
+    model, t = HybridLM(config), 32
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, t, dtype=torch.long))
+    assert counter.get_total_flops() == t * sum(config.flops_by_part(t).values())
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(pattern="M-ME-"), "has experts"), (dict(pattern="M-X"), "must be letters of M"),
+    (dict(pattern=""), "must be letters"), (dict(mamba_heads=3), "mamba_heads 3 must be a multiple of n_groups 2"),
+    (dict(n_heads=3), "n_heads 3 must be a multiple"), (dict(d_model=0), "d_model is 0"),
+    (dict(d_state=2.5), "d_state is 2.5")])
+def test_configurations_that_cannot_be_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        HybridConfig(**{**TINY, **changes})
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'nemo' is not one of: toy, small"):
+        HybridConfig.preset("nemo")
+
+
+def test_initialisation_follows_its_table():
+    config = HybridConfig(pattern="M-*-" * 4, d_model=320)
+    model, std = HybridLM(config), math.sqrt(0.8 / 320)
+    for name, p in model.named_parameters():
+        if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            assert abs(p.std() / (std / 4) - 1) < 0.05, name        # 16 layers
+        elif "conv1d" in name:
+            assert p.abs().max() <= 0.5 and abs(p.std() / (0.5 / math.sqrt(3)) - 1) < 0.05, name
+        elif p.dim() == 2:
+            assert abs(p.std() / std - 1) < 0.05, name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# Operations
+
+
+def test_rmsnorm_is_its_formula():
+    x, norm = torch.randn(3, 5, 24).double(), RMSNorm(24, 1e-5).double()
+    torch.nn.init.normal_(norm.weight)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    assert_close([norm(x)], [expected], ["y"], 1e-12)
+    assert norm(1e-4 * x).abs().mean() < 0.1 * norm(x).abs().mean()      # eps is inside the root
+    assert RMSNorm(24, 1e-5)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("block", [4, 7, 100])
+def test_cross_entropy_in_blocks_equals_torch(block):
+    h, weight = torch.randn(21, 8).double().requires_grad_(), torch.randn(13, 8).double().requires_grad_()
+    labels = torch.randint(0, 13, (21,))
+    labels[::5] = -100
+    loss, truth = cross_entropy(h, weight, labels, block), F.cross_entropy(h @ weight.t(), labels)
+    assert_close([loss, *torch.autograd.grad(3 * loss, [h, weight])],
+                 [truth, *torch.autograd.grad(3 * truth, [h, weight])], ["loss", "dh", "dweight"], 1e-12)
+
+
+def test_model_gradients_equal_those_of_plain_torch_operations():
+    """loss() with all its hand-written backwards against cross_entropy of the logits by autograd alone."""
+    model = tiny()
+    tokens, labels = torch.randint(0, 61, (2, 19)), torch.randint(0, 61, (2, 19))
+    mine = torch.autograd.grad(model.loss(tokens, labels), model.parameters())
+    saved = {name: getattr(model_file, name) for name in ("_SquaredReLU",)}
+    model_file._SquaredReLU = type("Plain", (), dict(apply=staticmethod(lambda x: F.relu(x).square())))
+    import ssm
+    kept = ssm.ssd, ssm.causal_conv1d, ssm.gated_group_norm
+
+    def conv(x, weight, bias, **_):
+        padded = F.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
+        return F.silu(F.conv1d(padded, weight[:, None], bias, groups=len(bias))).transpose(1, 2), None
+
+    def norm(y, z, weight, groups, eps):
+        s = (y * F.silu(z)).unflatten(-1, (groups, -1))
+        return (s / (s.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2) * weight
+    try:
+        ssm.ssd = lambda *a, chunk_size, **k: ssm.ssd_quadratic(*a, **k)
+        ssm.causal_conv1d, ssm.gated_group_norm = conv, norm
+        plain = torch.autograd.grad(F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()),
+                                    model.parameters())
+    finally:
+        ssm.ssd, ssm.causal_conv1d, ssm.gated_group_norm = kept
+        model_file._SquaredReLU = saved["_SquaredReLU"]
+    assert_close(mine, plain, [name for name, _ in model.named_parameters()], 1e-10)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
+    score = lambda i, j: (rotate(q, i, 1e4) * rotate(k, j, 1e4)).sum()
+    assert abs(score(7, 3) - score(104, 100)) < 1e-12 and abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_bf16_compute_with_fp32_masters_gives_fp32_gradients_near_fp32():
+    model = HybridLM(HybridConfig(**TINY))
+    tokens = torch.randint(0, 61, (4, 32))
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.compute_dtype = dtype
+        grads[dtype] = torch.autograd.grad(model.loss(tokens, tokens.roll(-1, 1)), model.parameters())
+        assert all(g.dtype == torch.float32 for g in grads[dtype]) and model(tokens).dtype == torch.float32
+    flat = {dtype: torch.cat([g.flatten() for g in gs]) for dtype, gs in grads.items()}
+    assert_close([flat[torch.bfloat16]], [flat[torch.float32]], ["gradient"], 3e-2)
+
+
+# ------------------------------------------------------------------------------------------------
+# The cache
+
+SPLITS = ([1] * 21, [21], [20, 1], [1, 20], [2, 19], [3, 18], [4, 17], [7, 14], [8, 13], [9, 12], [5, 1, 1, 11, 3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, dict(n_groups=1), dict(n_groups=4), dict(pattern="*-*-", rope_theta=1e4)])
+def test_any_split_of_a_prompt_gives_the_same_logits_and_states(changes):
+    model, tokens = tiny(**changes), torch.randint(0, 61, (2, 21))
+    whole = model(tokens)
+    for sizes in SPLITS:
+        cache = model.init_cache(2, 21)
+        parts = [model(part, cache) for part in tokens.split(sizes, 1)]
+        assert_close([torch.cat(parts, 1)], [whole], [f"split {sizes}"], 1e-10)
+        reference = model.init_cache(2, 21)
+        model(tokens, reference)
+        assert cache.pos == 21
+        assert_close(cache.tensors(), reference.tensors(), map(str, range(len(cache.tensors()))), 1e-10)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_see_each_other():
+    model, tokens = tiny(), torch.randint(0, 61, (3, 15))
+    assert_close([model(tokens)], [torch.cat([model(row[None]) for row in tokens])], ["logits"], 1e-12)
+
+
+@torch.no_grad()
+def test_last_only_gives_the_last_logits_and_computes_no_others():
+    model, tokens = tiny(), torch.randint(0, 61, (2, 15))
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    assert_close([model(tokens, last_only=True)], [model(tokens)[:, -1:]], ["logits"], 1e-12)
+    assert seen == [1, 15]
+
+
+@torch.no_grad()
+def test_snapshot_restore_and_expand_are_exact():
+    model, tokens = tiny(), torch.randint(0, 61, (2, 12))
+    cache = model.init_cache(2, 20)
+    model(tokens, cache)
+    saved = cache.snapshot()
+    first = model(tokens[:, :5], cache)
+    cache.restore(saved)
+    assert cache.pos == 12 and torch.equal(model(tokens[:, :5], cache), first)
+    cache.restore(saved)
+    wide = cache.expand(3)
+    again = model(tokens[:, :5].repeat_interleave(3, 0), wide)
+    assert_close([again], [first.repeat_interleave(3, 0)], ["samples"], 1e-12)
+    assert torch.equal(model(tokens[:, :5], cache), first), "the expanded cache must be its own memory"
+
+
+def test_cache_bytes_are_the_bytes_of_its_tensors():
+    config = HybridConfig(**TINY)
+    cache = HybridLM(config).to(torch.bfloat16).init_cache(3, 17)
+    assert cache.nbytes() == sum(config.cache_bytes(3, 17).values()) == \
+        sum(m.untyped_storage().nbytes() for m in cache.tensors())
+    assert all(m.dtype == torch.float32 for m in cache.ssm.values())
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other():
+    """Through the scan, the convolution and attention: the same logits as each document alone."""
+    model, tokens = tiny(), torch.randint(0, 61, (1, 20))
+    seq_idx = torch.tensor([[4] * 6 + [5] + [4] * 13])
+    alone = [model(part) for part in tokens.split([6, 1, 13], 1)]
+    assert_close([model(tokens, seq_idx=seq_idx)], [torch.cat(alone, 1)], ["logits"], 1e-10)
+
+
+def test_what_does_not_fit_is_named():
+    model = tiny()
+    with pytest.raises(ValueError, match="tokens span 0 to 61, the vocabulary is 0 to 60"):
+        model(torch.tensor([[0, 61]]))
+    with pytest.raises(ValueError, match="tokens span -1"):
+        model(torch.tensor([[-1, 2]]))
+    cache = model.init_cache(1, 4)
+    with pytest.raises(ValueError, match=r"0 \+ 5 tokens do not fit a cache of 4"):
+        model(torch.zeros(1, 5, dtype=torch.long), cache)
+    assert cache.pos == 0
+    with pytest.raises(ValueError, match="made for 1 rows, the tokens have 2"):
+        model(torch.zeros(2, 1, dtype=torch.long), cache)
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face: the oracle, in and out
+
+ORACLES = [dict(n_groups=1, mamba_head_dim=6, hybrid_override_pattern="M-*M-", hidden_size=40),
+           dict(n_groups=2, mamba_head_dim=10, hybrid_override_pattern="M-M*-M*-", hidden_size=48),
+           dict(n_groups=4, mamba_head_dim=16, hybrid_override_pattern="MM*-", hidden_size=56)]
+
+
+def oracle(shape):
+    """A random transformers NemotronH whose prefill, like its kernels and its decode, does not clamp dt."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.NemotronHConfig(vocab_size=97, num_attention_heads=6, num_key_value_heads=2, head_dim=12,
+                                          intermediate_size=72, ssm_state_size=9, mamba_num_heads=8,
+                                          chunk_size=16, **shape)
+    model = transformers.NemotronHForCausalLM(config).eval()
+    for name, p in model.named_parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+        if name.endswith("dt_bias"):
+            p.data.sub_(5)                                          # dt below 0.001, where a clamp would show
+    for layer in model.model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+    return transformers, model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ORACLES)
+def test_logits_equal_transformers_both_ways_and_for_every_split(shape, tmp_path):
+    """Sharded file in, logits at 1e-5 for one shot and eleven splits; sharded file out, opened by transformers."""
+    transformers, reference = oracle(shape)
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    model, tokens = load_hf(tmp_path / "theirs"), torch.randint(0, 97, (2, 50))
+    truth = reference(tokens).logits
+    assert_close([model(tokens)], [truth], ["one shot"], 1e-5)
+    for sizes in ([1] * 50, [25, 25], [2, 48], [3, 47], [16, 34], [17, 33], [15, 1, 34], [7, 13, 29, 1], [49, 1],
+                  [4, 4, 42], [31, 2, 17]):
+        cache = model.init_cache(2, 50)
+        parts = [model(part, cache) for part in tokens.split(sizes, 1)]
+        assert_close([torch.cat(parts, 1)], [truth], [f"split {sizes}"], 1e-5)
+
+    save_hf(model, tmp_path / "ours", shard_bytes=30_000)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(back).__name__ == "NemotronHForCausalLM"
+    assert_close([back(tokens).logits], [truth], ["back, transformers as it comes"], 1e-5)
+
+
+def test_transformers_gradients_equal_ours(tmp_path):
+    _, reference = oracle(ORACLES[1])
+    reference.save_pretrained(tmp_path)
+    model, tokens = load_hf(tmp_path), torch.randint(0, 97, (2, 40))
+    reference(input_ids=tokens, labels=tokens).loss.backward()
+    labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
+    model.loss(tokens, labels).backward()
+    theirs = {name.replace("model.", "backbone."): p.grad for name, p in reference.named_parameters()}
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    assert_close([ours[name] for name in theirs], theirs.values(), theirs, 2e-4)
+
+
+def test_round_trip_is_bitwise_and_fp32_where_it_must_be(tmp_path):
+    model = tiny(torch.float32)
+    save_hf(model, tmp_path)
+    for name, p in load_hf(tmp_path).named_parameters():
+        assert torch.equal(p, model.get_parameter(name)), name
+    low = load_hf(tmp_path, dtype=torch.bfloat16)
+    for name, p in low.named_parameters():
+        assert p.dtype == (torch.float32 if name.endswith(("A_log", "D", "dt_bias")) else torch.bfloat16), name
+    assert low.config == model.config
+
+
+def test_a_loaded_model_does_not_write_to_its_file(tmp_path):
+    save_hf(tiny(torch.float32), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for p in load_hf(tmp_path).parameters():
+            p.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_newer_prefix_and_key_names_load(tmp_path):
+    """transformers' own names start with model., its configs list the layers by kind."""
+    from safetensors.torch import load_file, save_file
+    model = tiny(torch.float32)
+    save_hf(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({k.replace("backbone.", "model."): v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    config["layers_block_type"] = [kinds[c] for c in config.pop("hybrid_override_pattern")]
+    config["attention_head_dim"] = config.pop("head_dim")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = torch.randint(0, 61, (1, 9))
+    assert torch.equal(load_hf(tmp_path)(tokens), model(tokens))
+
+
+def test_rope_baseline_round_trips_but_does_not_pose_as_nemotron():
+    config = HybridConfig(**{**TINY, "pattern": "*-", "rope_theta": 1e4})
+    values = config_to_hf(config, torch.float32)
+    assert values["model_type"] == "nemotron_h_rope" and config_from_hf(values) == config
+
+
+LOAD_AND_MEASURE = """
+import json, sys, torch
+sys.path.insert(0, {root!r})
+from model import load_hf, reset_peak, resident_bytes
+import safetensors.torch
+dtype = getattr(torch, sys.argv[2])
+load_hf(sys.argv[3], dtype=dtype)           # imports and first uses are not what is measured
+reset_peak()
+before = resident_bytes()
+model = load_hf(sys.argv[1], dtype=dtype)
+weights = sum(p.nbytes for p in model.parameters())
+largest = max(p.nbytes for p in model.parameters())
+print(json.dumps(dict(growth=resident_bytes(peak=True) - before, weights=weights, largest=largest)))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak resident memory is read from /proc")
+@pytest.mark.parametrize("dtype, stored", [("float32", 1), ("bfloat16", 2)])
+def test_loading_peaks_at_the_weights_and_one_tensor(tmp_path, dtype, stored):
+    """A 230 MB checkpoint in 40 MB shards. `stored`: the tensor being cast is read at its stored size (fp32)."""
+    config = HybridConfig(pattern="M-*-M-", vocab_size=8192, d_model=1024, mlp_dim=4096)
+    save_hf(HybridLM(config), tmp_path / "big", shard_bytes=40 * 10 ** 6)
+    save_hf(tiny(torch.float32), tmp_path / "tiny")
+    assert len(list((tmp_path / "big").glob("*.safetensors"))) > 4
+    script = LOAD_AND_MEASURE.format(root=str(ROOT))
+    output = subprocess.run([sys.executable, "-c", script, tmp_path / "big", dtype, tmp_path / "tiny"],
+                            capture_output=True, text=True, check=True).stdout
+    result = json.loads(output)
+    assert result["growth"] <= result["weights"] + stored * result["largest"] + 8 * 2 ** 20, result
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda folder: (folder / "model.safetensors").unlink(), "has config.json but no weights"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+    (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 5000), "not a complete safetensors file"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * 50), "not a complete safetensors"),
+    (lambda folder: edit(folder, "hidden_size", 32), "config.json asks for"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*"), "is not part of pattern"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*-M"), "tensors are missing"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", "M-ME-"), "has experts"),
+    (lambda folder: edit(folder, "mlp_hidden_act", "silu"), "mlp_hidden_act is 'silu'"),
+    (lambda folder: edit(folder, "ssm_state_size", None), "ssm_state_size missing")])
+def test_broken_and_foreign_checkpoints_are_named(tmp_path, damage, words):
+    save_hf(tiny(torch.float32), tmp_path)
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        load_hf(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def edit(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    save_hf(tiny(torch.float32), tmp_path, shard_bytes=10_000)
+    (tmp_path / "model-00002-of-00008.safetensors").unlink(missing_ok=True)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match="named by model.safetensors.index.json"):
+        load_hf(tmp_path)
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = tiny(torch.float32)
+    save_hf(model, tmp_path)
+
+    def dies_halfway(tensors, path, metadata):
+        open(path, "wb").write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr("safetensors.torch.save_file", dies_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        save_hf(tiny(torch.float32), tmp_path)
+    assert torch.equal(load_hf(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
+
+
+def test_script_describes_a_preset(tmp_path, capsys):
+    model_file.main(["--preset", "nemotron-nano-9b-v2", "--context", "131072", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "Mamba-2 x 27  * attention x 4  - MLP x 25" in printed and "8,888,227,328" in printed
+    assert "weights 16.556 GiB, KV 2.000 GiB, fp32 SSM states 135.00 MiB" in printed
+    assert json.loads(printed.splitlines()[-1])["n_params"] == 8_888_227_328
+    assert (tmp_path / "model-nemotron-nano-9b-v2.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("argv, words", [(["--preset", "gpt"], "preset 'gpt' is not one of"),
+                                         (["--context", "0"], "--context is 0"), (["--contxt", "9"], "--contxt")])
+def test_script_errors_are_one_line(fails, argv, words):
+    assert words in fails(model_file.main, argv)
+
+
+def test_benchmark_runs_all_sides(capsys):
+    """A tiny batch: the figures mean nothing here, the command has to work."""
+    pytest.importorskip("transformers")
+    result = bench(batch=2, length=32, rounds=1)
+    assert set(result["bench"]) == {"this file", "transformers", "transformers, our settings"}
+    assert all(value > 0 for side in result["bench"].values() for key, value in side.items() if key != "growth")
+    assert "against transformers" in capsys.readouterr().out
