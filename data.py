@@ -295,7 +295,7 @@ def make_tokenizer(spec, texts, vocab_size):
             raise ValueError(f"a BPE of {vocab_size} entries is hardly more than the 256 bytes: at least 300")
         return train_bpe(texts, vocab_size)
     if spec == "bytes":
-        return bpe_json({bytes([b]): b for b in range(256)}, r"(?s:.)", {SEPARATORS[0]: 256})
+        return bpe_json({bytes([b]): b for b in range(256)}, r"[\s\S]", {SEPARATORS[0]: 256})
     path = pathlib.Path(spec)
     if path.suffix == ".json":
         if not path.exists():

@@ -117,7 +117,7 @@ def evaluate(model, stream, batch_size=8, seq_len=512, separator=None, limit=Non
     """Mean nats a token over the stream (or its first `limit` tokens), every token predicted once."""
     device, total, count = model.lm_head.weight.device, 0.0, 0
     batches = validation_batches(stream, batch_size, seq_len, separator, limit)
-    for tokens, labels, seq_idx in tqdm(batches, "evaluating", disable=not progress, leave=False):
+    for tokens, labels, seq_idx in tqdm(batches, "evaluating", disable=None if progress else True, leave=False):
         kept = int((labels >= 0).sum())
         seq_idx = None if seq_idx is None else seq_idx.to(device)
         total += float(model.loss(tokens.to(device), labels.to(device), seq_idx)) * kept
@@ -203,6 +203,11 @@ class Metrics:
         self.file.flush()
 
 
+def last_row(run):
+    """The last line of metrics.jsonl; it has the key "final" once the run has reported."""
+    return json.loads((pathlib.Path(run.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+
 class StopRequest:
     """Ctrl-C asks the loop to stop after its step; a second one interrupts at once."""
 
@@ -260,7 +265,7 @@ def train(run, model, token_data, state=None, matmul=None):
     metrics, step = Metrics(folder / "metrics.jsonl", first), first
     tokens_a_step = run.batch_size * run.seq_len
 
-    with StopRequest() as stop, tqdm(total=run.steps, initial=first, unit="step", dynamic_ncols=True) as bar:
+    with StopRequest() as stop, tqdm(total=run.steps, initial=first, unit="step", disable=None) as bar:
         while step < last and not stop.asked:
             start = time.perf_counter()
             lr = wsd(step, run.steps, run.lr, run.warmup, run.decay, run.min_lr)
@@ -335,7 +340,10 @@ def announce(run, config, token_data, device):
 
 def body(run):
     from infer import generate, pick_device, pick_dtype
-    state, device = open_folder(run), pick_device(run.device)
+    device, state = pick_device(run.device), open_folder(run)
+    if state is not None and "final" in (done := last_row(run)):
+        print(f"finished already: {run.out} holds all {run.steps} steps (--overwrite trains anew)")
+        return done["final"]
     changes = dict(pattern=run.pattern) if run.pattern else {}
     config = HybridConfig.preset(run.preset, **changes)
     folder, start = pathlib.Path(run.out), time.perf_counter()
@@ -368,7 +376,10 @@ def body(run):
     if not finished:
         print(f"stopped at step {rows[-1]['step'] if rows else 0} of {run.steps}, saved; the same command continues")
         return dict(recipe=run.recipe, step=rows[-1]["step"] if rows else 0, out=run.out)
-    return report(run, model, token_data, rows, start, generate)
+    result = report(run, model, token_data, rows, start, generate)
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(step=run.steps, final=result)) + "\n")
+    return result
 
 
 def report(run, model, token_data, rows, start, generate):

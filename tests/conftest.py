@@ -1,15 +1,17 @@
-"""Every test starts from one seed, and memory that nobody has written is NaN."""
+"""Every test starts from one seed, on one thread, and memory that nobody has written is NaN."""
 
+import os
 import pathlib
 import sys
 
-import matplotlib
+os.environ["OMP_NUM_THREADS"] = "1"     # tensors are tiny, and two processes must not fight over the cores
+os.environ["MPLBACKEND"] = "Agg"
+
 import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-matplotlib.use("Agg")
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,0 +1,284 @@
+"""Training learns, stops anywhere and goes on exactly, and never writes over what it did not make."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train_fp8
+from data import TokenStream, load_data
+from model import HybridConfig, HybridLM, load_hf
+from train_fp8 import Run, bits_per_byte, evaluate, make_optimizer, train_step, wsd
+
+SMALL = ["--tokenizer", "bytes", "--pattern", "M*-", "--seq-len", "32", "--batch-size", "4", "--device", "cpu",
+         "--compute-dtype", "float32", "--eval-every", "3", "--save-every", "2"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A small text with structure: 40 documents of counting."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(f"item {j}" for j in range(i, i + 60)), encoding="utf-8")
+    return folder
+
+
+def run_main(text, out, *flags):
+    train_fp8.main(["--data", str(text), "--out", str(out), *SMALL, *flags])
+
+
+def metrics(out):
+    """The rows of metrics.jsonl that are steps; the last line of a finished run is its result."""
+    return [row for row in map(json.loads, open(out / "metrics.jsonl")) if "loss" in row]
+
+
+def weights(out):
+    return {name: p.detach() for name, p in load_hf(out).named_parameters()}
+
+
+def assert_same_run(one, other):
+    """Bitwise: parameters, optimizer states, data position, and every logged loss."""
+    first, second = (torch.load(out / "train_state.pt", weights_only=True) for out in (one, other))
+    assert first["step"] == second["step"] and first["position"] == second["position"]
+    for name in first["model"]:
+        assert torch.equal(first["model"][name], second["model"][name]), name
+    for i, moments in first["optimizer"]["state"].items():
+        assert all(torch.equal(moments[k], second["optimizer"]["state"][i][k]) for k in moments), i
+    losses = [[row["loss"] for row in metrics(out)] for out in (one, other)]
+    assert losses[0] == losses[1] and len(losses[0]) == first["step"]
+    assert all(torch.equal(p, weights(other)[name]) for name, p in weights(one).items())
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedule, optimizer, evaluation
+
+
+def test_schedule_warms_up_stays_and_ends_at_its_minimum():
+    rates = [wsd(i, 100, 2.0, warmup=0.1, decay=0.2, min_lr=0.01) for i in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert all(rate == 2.0 for rate in rates[9:80])
+    assert all(a > b for a, b in zip(rates[79:], rates[80:])) and rates[-1] == pytest.approx(0.02)
+    assert rates[89] == pytest.approx(2 * (0.01 + 0.99 * (1 - math.sqrt(0.5))))
+    assert wsd(0, 5, 1.0, warmup=0, decay=0) == wsd(4, 5, 1.0, warmup=0, decay=0) == 1.0
+
+
+def test_weight_decay_is_on_matrices_alone():
+    model = HybridLM(HybridConfig(pattern="M*-", d_model=32, vocab_size=64))
+    decayed, others = (group["params"] for group in make_optimizer(model, 1e-3, 0.1).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(decayed) + len(others) == len(names)
+    assert {names[id(p)].split(".")[-1] for p in decayed} == {"weight"} and not [p for p in decayed if p.dim() < 2]
+    undecayed = [names[id(p)] for p in others]
+    assert all(name.endswith(("A_log", "D", "dt_bias", "norm.weight", "norm_f.weight", "bias")) for name in undecayed)
+
+
+def test_adamw_is_its_formula_with_decay_clip_and_these_betas():
+    """One step by hand: moments (0.1 g, 0.05 g^2) corrected to g and g^2, so the update is lr (sign(g) + wd p)."""
+    model = HybridLM(HybridConfig(pattern="-", d_model=16, mlp_dim=16, vocab_size=32))
+    run = Run(batch_size=2, seq_len=8, clip=1e9)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, 1e-2, 0.1)
+
+    class Fixed:
+        def next(self):
+            tokens = torch.arange(16).view(2, 8)
+            return tokens, tokens + 1, None
+    train_step(model, optimizer, Fixed(), run, 1e-2, "cpu")
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.95)] * 2
+    for name, p in model.named_parameters():
+        gradient = optimizer.state[p]["exp_avg"] / 0.1
+        decay = 0.1 if p.dim() >= 2 else 0.0
+        expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * gradient / (gradient.abs() + 1e-8)
+        assert torch.allclose(p, expected, atol=1e-5), name
+
+
+def test_gradient_norm_is_clipped_and_reported_before_clipping():
+    model = HybridLM(HybridConfig(pattern="-", d_model=16, mlp_dim=16, vocab_size=32))
+    seen = []
+
+    class Recorder:
+        param_groups = [{}]
+        step = lambda self: seen.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+        zero_grad = lambda self, set_to_none: None
+
+    class Fixed:
+        def next(self):
+            return torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), None
+    _, gnorm = train_step(model, Recorder(), Fixed(), Run(batch_size=2, clip=0.01), 1e-2, "cpu")
+    assert gnorm > 0.1 and seen[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(text, tmp_path):
+    for n in ("1", "2", "4"):
+        run_main(text, tmp_path / n, "--steps", "1", "--grad-accum", n)
+    for name, p in weights(tmp_path / "1").items():
+        for n in ("2", "4"):
+            assert torch.allclose(p, weights(tmp_path / n)[name], atol=2e-4), name
+    losses = [metrics(tmp_path / n)[0]["loss"] for n in ("1", "2", "4")]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_evaluation_of_a_uniform_model_is_log_v_and_bits_follow():
+    """A head of zeros predicts 1 / v everywhere: ln v nats a token, however the windows fall."""
+    import numpy as np
+    model = HybridLM(HybridConfig(pattern="M-", d_model=16, vocab_size=32))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    tokens = TokenStream([np.arange(101, dtype=np.uint16) % 32])
+    nats = evaluate(model, tokens, batch_size=3, seq_len=16)
+    assert nats == pytest.approx(math.log(32), rel=1e-6)
+    assert bits_per_byte(nats, 100, 250) == pytest.approx(5 * 100 / 250)
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_a_run_learns_and_leaves_a_complete_folder(text, tmp_path, capsys):
+    run_main(text, tmp_path / "out", "--steps", "40")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = metrics(tmp_path / "out")
+    assert rows[0]["loss"] > 4 and result["val_loss"] < 2.5 and rows[-1]["loss"] < 2.5
+    for key in ("recipe", "val_loss", "val_bpb", "tokens", "seconds", "tokens_per_s", "out"):
+        assert key in result
+    assert result["tokens"] == 40 * 4 * 32 and [row["step"] for row in rows] == list(range(1, 41))
+    assert "val_loss" in rows[2] and "val_loss" not in rows[0]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "train_state.pt", "loss.png"}
+
+
+def test_two_halves_equal_the_whole_bit_for_bit(text, tmp_path):
+    run_main(text, tmp_path / "whole", "--steps", "7")
+    for _ in range(3):
+        run_main(text, tmp_path / "parts", "--steps", "7", "--stop-after", "3")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_halves_are_equal_with_documents_kept_apart_in_bf16(text, tmp_path):
+    flags = ["--steps", "4", "--reset-documents", "--compute-dtype", "bfloat16"]
+    run_main(text, tmp_path / "whole", *flags)
+    run_main(text, tmp_path / "parts", *flags, "--stop-after", "2")
+    run_main(text, tmp_path / "parts", *flags, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def start(text, out, *flags):
+    command = [sys.executable, str(ROOT / "train_fp8.py"), "--data", str(text), "--out", str(out), *SMALL, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= step:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(text, tmp_path):
+    """SIGKILL three times at random moments, between and during checkpoints; the end equals an undisturbed run."""
+    run_main(text, tmp_path / "whole", "--steps", "24", "--save-every", "1")
+    out = tmp_path / "killed"
+    for step, delay in ((3, 0.0), (9, 0.013), (15, 0.031)):
+        process = start(text, out, "--steps", "24", "--save-every", "1")
+        wait_for_step(process, step)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        torch.load(out / "train_state.pt", weights_only=True)        # complete, whenever it died
+    run_main(text, out, "--steps", "24", "--save-every", "1")
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_ctrl_c_saves_first(text, tmp_path):
+    out = tmp_path / "stopped"
+    process = start(text, out, "--steps", "4000", "--save-every", "100000")
+    wait_for_step(process, 3)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    result = json.loads(printed.splitlines()[-1])
+    assert process.returncode == 0 and "saved; the same command continues" in printed
+    state = torch.load(out / "train_state.pt", weights_only=True)
+    assert state["step"] == result["step"] >= 3 and load_hf(out)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(text, tmp_path, capsys):
+    run_main(text, tmp_path / "out", "--steps", "3")
+    before = weights(tmp_path / "out")
+    run_main(text, tmp_path / "out", "--steps", "3")
+    assert "finished already" in capsys.readouterr().out
+    assert all(torch.equal(p, before[name]) for name, p in weights(tmp_path / "out").items())
+
+
+def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text, tmp_path):
+    """What training writes is what the ecosystem reads: the same logits, the same ids."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+    run_main(text, tmp_path / "out", "--steps", "5")
+    token_data = load_data(str(text), "bytes")
+    sentence = "item 1 item 2 café 🙂"
+    ids = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode(sentence).ids
+    assert ids == token_data.encoding.encode_ordinary(sentence)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ours, tokens = load_hf(tmp_path / "out"), torch.tensor([ids])
+    with torch.no_grad():
+        assert torch.allclose(theirs(tokens).logits, ours(tokens), rtol=1e-4, atol=1e-5)
+    assert type(theirs).__name__ == "NemotronHForCausalLM"
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused, in one line, with nothing overwritten
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--recipe", "fp4"], "--recipe is 'fp4', must be one of bf16"), (["--steps", "0"], "--steps is 0"),
+    (["--preset", "huge"], "preset 'huge' is not one of"), (["--pattern", "M-Q"], "must be letters of M"),
+    (["--pattern", "ME"], "has experts"), (["--lr", "-1"], "--lr -1.0 must be positive"),
+    (["--batch-size", "5", "--grad-accum", "2"], "must be a multiple of --grad-accum"),
+    (["--warmup", "0.9", "--decay", "0.3"], "at most 1"), (["--seq-len", "100000"], "do not fill two windows"),
+    (["--device", "tpu"], "--device tpu"), (["--compute-dtype", "int8"], "must be auto, float32 or bfloat16"),
+    (["--data", "/nowhere"], "--data /nowhere does not exist"), (["--resume"], "nothing to resume")])
+def test_bad_flags_are_one_line(fails, text, tmp_path, flags, words):
+    argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, *flags]
+    assert words in fails(train_fp8.main, argv)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(fails, text, tmp_path):
+    out = tmp_path / "out"
+    run_main(text, out, "--steps", "2")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    argv = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "3"]
+    assert "holds another run (steps 2, now 3)" in fails(train_fp8.main, argv)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run_main(text, out, "--steps", "3", "--overwrite")
+    assert torch.load(out / "train_state.pt", weights_only=True)["step"] == 3
+
+
+def test_a_folder_that_training_did_not_make_is_refused(fails, text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    argv = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "3"]
+    assert "holds a model that this run did not make" in fails(train_fp8.main, argv)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_a_changed_corpus_and_a_broken_state_are_named(fails, text, tmp_path):
+    out, argv = tmp_path / "out", ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "4"]
+    run_main(text, out, "--steps", "4", "--stop-after", "2")
+    (text / "0.txt").write_text("changed")
+    assert "the corpus has changed" in fails(train_fp8.main, argv)
+    os.truncate(out / "train_state.pt", 1000)
+    assert "train_state.pt cannot be read" in fails(train_fp8.main, argv)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoint(fails, text, tmp_path):
+    argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "60", "--lr", "1e30"]
+    assert "lower --lr" in fails(train_fp8.main, argv)
