@@ -25,7 +25,7 @@ import time
 import torch
 
 from data import encoding_from_json, parse_flags, run_script, separator_id
-from model import load_hf, tune_cpu
+from model import decode_settings, load_hf, tune_cpu
 
 # ------------------------------------------------------------------------------------------------
 # Loading
@@ -65,7 +65,8 @@ def prefill(model, cache, tokens, block=1024):
 @torch.no_grad()
 def decode_one(model, cache, token):
     """One token a row, (b,) -> logits (b, v)."""
-    return model(token[:, None], cache)[:, -1]
+    with decode_settings():
+        return model(token[:, None], cache)[:, -1]
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

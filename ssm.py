@@ -472,7 +472,13 @@ def gated_group_norm(y, z, weight, n_groups, eps):
     if y.shape[-1] % n_groups:
         raise ValueError(f"{y.shape[-1]} channels cannot form {n_groups} groups of equal size")
     rows = y.reshape(-1, y.shape[-1]), z.reshape(-1, y.shape[-1])
+    if len(rows[0]) <= NORM_ROWS and not torch.is_grad_enabled():
+        v, _, _ = _GatedGroupNorm.normalise(*rows, n_groups, eps)
+        return v.flatten(1).mul_(weight).to(y.dtype).view(y.shape)
     return _GatedGroupNorm.apply(*rows, weight, n_groups, eps).view(y.shape)
+
+
+NORM_ROWS = 512     # rows that the norm works on at a time
 
 
 class _GatedGroupNorm(torch.autograd.Function):
@@ -480,15 +486,14 @@ class _GatedGroupNorm(torch.autograd.Function):
 
     With s = y silu(z), v = s / rms(s) and m = dout * weight:  ds = (m - v mean(m v)) / rms(s).
     """
-    ROWS = 512
 
     @staticmethod
     def forward(ctx, y, z, weight, n_groups, eps):
         ctx.save_for_backward(y, z, weight)
         ctx.n_groups, ctx.eps = n_groups, eps
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
-        for i in range(0, len(y), _GatedGroupNorm.ROWS):
-            rows = slice(i, i + _GatedGroupNorm.ROWS)
+        for i in range(0, len(y), NORM_ROWS):
+            rows = slice(i, i + NORM_ROWS)
             v, _, _ = _GatedGroupNorm.normalise(y[rows], z[rows], n_groups, eps)
             out[rows] = v.flatten(1).mul_(weight)
         return out
@@ -507,8 +512,8 @@ class _GatedGroupNorm(torch.autograd.Function):
         y, z, weight = ctx.saved_tensors
         dy, dz = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (y, z))
         dweight = torch.zeros_like(weight, dtype=accumulator(y))
-        for i in range(0, len(y), _GatedGroupNorm.ROWS):
-            rows = slice(i, i + _GatedGroupNorm.ROWS)
+        for i in range(0, len(y), NORM_ROWS):
+            rows = slice(i, i + NORM_ROWS)
             v, scale, gate = _GatedGroupNorm.normalise(y[rows], z[rows], ctx.n_groups, ctx.eps)
             d = dout[rows].to(v.dtype)
             dweight += (d * v.flatten(1)).sum(0)
@@ -529,7 +534,7 @@ class Linear(nn.Linear):
         weight = self.weight
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
-        few_rows = x.dtype == torch.float32 and x.numel() <= 16 * weight.shape[1]
+        few_rows = x.dtype == torch.float32 and x.numel() <= 16 * weight.shape[1] and not torch.compiler.is_compiling()
         if few_rows and not x.is_cuda and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")   # oneDNN, see `tune_cpu`
         return F.linear(x, weight)
@@ -610,11 +615,12 @@ class Mamba2(nn.Module):
 
     def conv_step(self, xBC, conv_state):
         """One token through the convolution: xBC (b, conv_dim) -> same; conv_state shifts by one in place."""
-        window = torch.cat([conv_state, xBC[..., None]], -1)                # (b, conv_dim, d_conv)
-        conv_state.copy_(window[..., 1:])
-        window = window.to(accumulator(xBC))
-        out = (window * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias
-        return F.silu(out).to(xBC.dtype)
+        last = conv_state.transpose(1, 2)                                   # (b, d_conv - 1, conv_dim)
+        window = torch.cat([last, xBC[:, None].to(last.dtype)], 1)
+        last.copy_(window[:, 1:])
+        taps = self.conv1d.weight.squeeze(1).t()
+        out = (window.to(accumulator(xBC)) * taps).sum(1).add_(self.conv1d.bias)
+        return F.silu(out, inplace=True).to(xBC.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -739,10 +745,9 @@ def backward_cost(device="cpu", shape=(4, 1024, 16, 64, 1, 128), chunks=(32, 64,
 
 def plot_times(table, path):
     """Log-log time against length with the fitted exponents in the legend."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
     for name, times in table.items():
         axis.loglog(list(times), [1e3 * s for s in times.values()], "o-",
                     label=f"{name}: time ~ t^{fitted_slope(times):.2f}")
@@ -750,9 +755,7 @@ def plot_times(table, path):
              title="The chunked scan is linear in t, attention is not")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv=None):

@@ -295,15 +295,14 @@ def log_line(row, steps, tokens_a_step):
 
 def plot_loss(rows, val_loss, val_bpb, xz, path):
     """Training loss (and its running mean), validation points, and the schedule below."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     tokens = [row["tokens"] / 1e6 for row in rows]
     smooth, mean = [], rows[0]["loss"]
     for row in rows:
         mean = 0.95 * mean + 0.05 * row["loss"]
         smooth.append(mean)
-    figure, (axis, below) = plt.subplots(2, 1, figsize=(7.5, 5), height_ratios=[4, 1], sharex=True)
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axis, below = figure.subplots(2, 1, height_ratios=[4, 1], sharex=True)
     axis.plot(tokens, [row["loss"] for row in rows], color="#4c72b0", alpha=0.25, linewidth=0.8)
     axis.plot(tokens, smooth, color="#4c72b0", label="training, running mean")
     seen = [(row["tokens"] / 1e6, row["val_loss"]) for row in rows if "val_loss" in row]
@@ -316,9 +315,7 @@ def plot_loss(rows, val_loss, val_bpb, xz, path):
     below.plot(tokens, [row["lr"] for row in rows], color="#55a868")
     below.set(ylabel="lr", xlabel="tokens [millions]")
     below.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------
