@@ -1,18 +1,24 @@
-"""Text to batches: a corpus that is already on the machine, a BPE tokenizer, packed windows, exact resume.
+"""Text to batches: a corpus that is already on the machine, a BPE tokenizer, packed windows, exact
+resume.
 
-Default corpus: the Python standard library's own sources and its documentation topics. Nothing is downloaded,
-nothing is redistributed, and it holds what a small language model can visibly learn: code, comments, prose.
-A run keeps the corpus's fingerprint (version, bytes, sha256), since another Python is another text.
+Default corpus: the Python standard library's own sources and its documentation topics. Nothing is
+downloaded, nothing is redistributed, and it holds what a small language model can visibly learn:
+code, comments, prose. A run keeps the corpus's fingerprint (version, bytes, sha256), since another
+Python is another text.
 
-    corpus      --data stdlib | FILE | DIR      .txt .md .py as documents, .jsonl one document a line ("text")
-                --data DIR of token shards      what `python data.py --write-shards DIR` wrote, memory-mapped
+    corpus      --data stdlib | FILE | DIR      .txt .md .py as documents, .jsonl one document a
+    line ("text")
+                --data DIR of token shards      what `python data.py --write-shards DIR` wrote,
+                memory-mapped
     split       a twentieth of the documents, chosen by the hash of their path, is validation
     tokenizer   --tokenizer bpe | bytes | FILE | NAME
-                bpe trains a byte-level BPE on the training documents (seconds, Hugging Face tokenizers);
-                FILE is any byte-level tokenizer.json, Nemotron's too; NAME is a tiktoken encoding, which
-                tiktoken downloads. Every one is saved as tokenizer.json and encodes through tiktoken.
+                bpe trains a byte-level BPE on the training documents (seconds, Hugging Face
+                tokenizers); FILE is any byte-level tokenizer.json, Nemotron's too; NAME is a
+                tiktoken encoding, which tiktoken downloads. Every one is saved as tokenizer.json
+                and encodes through tiktoken.
     packing     separator, document, separator, document ... cut into windows of seq_len + 1 tokens
-    order       a permutation of the windows an epoch, computed from (seed, epoch, position): the number of
+    order       a permutation of the windows an epoch, computed from (seed, epoch, position): the
+    number of
                 windows taken is the whole state of the sampler
 
 Bits a byte = nats / ln 2 / bytes of text: unlike nats a token it does not depend on the tokenizer.
@@ -52,17 +58,19 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_flags(cls, argv=None):
-    """An instance of the dataclass cls from flags: one --flag a field, its default and the comment behind it.
+    """An instance of the dataclass cls from flags: one --flag a field, its default and the comment
+    behind it.
 
-    The docstring is the description. Lists take several values; bools are switches. A bad flag prints one line
-    and exits with 2. Defaults are written once, in the class.
+    The docstring is the description. Lists take several values; bools are switches. A bad flag
+    prints one line and exits with 2. Defaults are written once, in the class.
     """
     source = inspect.getsource(cls)
     parser = OneLineParser(description=inspect.getdoc(cls), allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(cls):
         comment = re.search(rf"^ *{field.name}:.*?# (.*(?:\n {{12,}}# .*)*)", source, re.M)
-        help_text = re.sub(r"\s+# |%", lambda m: "%%" if m[0] == "%" else " ", comment[1]) if comment else " "
+        help_text = re.sub(r"\s+# |%", lambda m: "%%" if m[0] == "%" else " ",
+                           comment[1]) if comment else " "
         flag, options = "--" + field.name.replace("_", "-"), dict(field.metadata)
         default = field.default
         if field.type is bool:
@@ -78,7 +86,8 @@ def parse_flags(cls, argv=None):
 
 
 def run_script(body, run):
-    """Call body(run), print its result as the last line in JSON; errors of the user's making in one line, exit 2.
+    """Call body(run), print its result as the last line in JSON; errors of the user's making in one
+    line, exit 2.
 
     Set TRACEBACK=1 to see where an error came from. Ctrl-C exits with 130.
     """
@@ -100,31 +109,39 @@ def run_script(body, run):
 # Documents
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "encodings", "idlelib", "lib2to3", "distutils", "turtledemo",
+STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "encodings", "idlelib", "lib2to3", "distutils",
+                   "turtledemo",
                    "ensurepip", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 
 
 def stdlib_documents():
-    """[(path, text)] of the standard library without tests and code tables, and pydoc's topics, one each."""
+    """[(path, text)] of the standard library without tests and code tables, and pydoc's topics, one
+    each.
+    """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if not STDLIB_LEFT_OUT.intersection(relative.parts):
-            documents.append((relative.as_posix(), path.read_text(encoding="utf-8", errors="replace")))
+            documents.append((relative.as_posix(),
+                              path.read_text(encoding="utf-8", errors="replace")))
     from pydoc_data.topics import topics
     documents += [(f"pydoc_data/topics/{name}", text) for name, text in topics.items()]
     if sum(len(text) for _, text in documents) < 10 ** 6:
-        raise ValueError(f"{root} holds hardly any Python sources (an embedded Python?): name a --data FILE or DIR")
+        raise ValueError(f"{root} holds hardly any Python sources (an embedded Python?): name a "
+                         f"--data FILE or DIR")
     return documents
 
 
 def read_text(path):
-    """[(name, text)] of one file, a .jsonl line by line. Raises ValueError if it is not UTF-8 text."""
+    """[(name, text)] of one file, a .jsonl line by line. Raises ValueError if it is not UTF-8
+    text.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give .txt, .md, .py or .jsonl") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give .txt, .md, .py or "
+                         f".jsonl") from None
     if "\0" in text:
         raise ValueError(f"{path} is binary (it has NUL bytes): give .txt, .md, .py or .jsonl")
     if path.suffix != ".jsonl":
@@ -136,29 +153,35 @@ def read_text(path):
         try:
             documents.append((f"{path.name}#{number}", str(json.loads(line)["text"])))
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{path} line {number} is not a JSON object with a \"text\" key") from None
+            raise ValueError(f"{path} line {number} is not an object with a text key") from None
     return documents
 
 
 def user_documents(data):
-    """[(name, text)] of a file or of every text file below a folder. Raises with one line if there is none."""
+    """[(name, text)] of a file or of every text file below a folder. Raises with one line if there
+    is none.
+    """
     root = pathlib.Path(data)
     if not root.exists():
         raise FileNotFoundError(f"--data {data} does not exist (stdlib, a file or a folder)")
     if root.is_file():
         documents = read_text(root)
     else:
-        files = [path for path in sorted(root.rglob("*")) if path.suffix in TEXT_SUFFIXES and path.is_file()]
+        files = [path for path in sorted(root.rglob("*")) if path.suffix in TEXT_SUFFIXES
+                 and path.is_file()]
         documents = [(f"{path.relative_to(root).parent.as_posix()}/{name}", text)
                      for path in files for name, text in read_text(path)]
     documents = [(name, text) for name, text in documents if text.strip()]
     if not documents:
-        raise ValueError(f"--data {data} has no text: give {', '.join(TEXT_SUFFIXES)} files that are not empty")
+        raise ValueError(f"--data {data} has no text: give {', '.join(TEXT_SUFFIXES)} files that "
+                         f"are not empty")
     return documents
 
 
 def split_documents(documents):
-    """(training, validation): a twentieth by the hash of the name; of few documents, each one's last twentieth."""
+    """(training, validation): a twentieth by the hash of the name; of few documents, each one's
+    last twentieth.
+    """
     held_out = lambda name: hashlib.sha256(name.encode()).digest()[0] % 20 == 0
     documents = sorted(documents)
     train = [text for name, text in documents if not held_out(name)]
@@ -171,13 +194,16 @@ def split_documents(documents):
 
 
 def fingerprint(data, documents):
-    """What a checkpoint keeps of its corpus: where from, how much, and a hash of every name and text."""
+    """What a checkpoint keeps of its corpus: where from, how much, and a hash of every name and
+    text.
+    """
     digest, size = hashlib.sha256(), 0
     for name, text in sorted(documents):
         raw = text.encode()
         digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
         size += len(raw)
-    source = f"Python {platform.python_version()} standard library" if data == "stdlib" else str(data)
+    library = f"Python {platform.python_version()} standard library"
+    source = library if data == "stdlib" else str(data)
     return dict(source=source, documents=len(documents), bytes=size, sha256=digest.hexdigest())
 
 
@@ -196,21 +222,26 @@ PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r
 
 
 def byte_characters():
-    """{character: byte}: GPT-2's printable stand-ins for the 256 bytes, as tokenizer.json writes tokens."""
+    """{character: byte}: GPT-2's printable stand-ins for the 256 bytes, as tokenizer.json writes
+    tokens.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
 def train_bpe(texts, vocab_size):
-    """tokenizer.json (a str) of a byte-level BPE with vocab_size entries, the separator included."""
+    """tokenizer.json (a str) of a byte-level BPE with vocab_size entries, the separator
+    included.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[SEPARATORS[0]], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[SEPARATORS[0]],
+                                  show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.to_str()
@@ -219,7 +250,8 @@ def train_bpe(texts, vocab_size):
 def bpe_json(ranks, pattern, special):
     """tokenizer.json (a str) from {bytes: rank}, the split pattern and {special token: id}.
 
-    tokenizer.json wants the two halves of each merge; they are what BPE with only the lower ranks leaves.
+    tokenizer.json wants the two halves of each merge; they are what BPE with only the lower ranks
+    leaves.
     """
     character = {byte: c for c, byte in byte_characters().items()}
     written = lambda token: "".join(character[b] for b in token)
@@ -228,35 +260,43 @@ def bpe_json(ranks, pattern, special):
         if len(token) > 1:
             merges.append([written(part) for part in halves(token, rank, ranks)])
     vocabulary = {written(token): rank for token, rank in ranks.items()}
-    added = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    added = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False,
+                  normalized=False, special=True)
              for name, i in special.items()]
     split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    return json.dumps(dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+    return json.dumps(dict(version="1.0", truncation=None, padding=None, added_tokens=added,
+                           normalizer=None,
                            pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
                            post_processor=None, decoder=byte_level,
-                           model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                           model=dict(type="BPE", dropout=None, unk_token=None,
+                                      continuing_subword_prefix=None,
                                       end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
-                                      ignore_merges=False, vocab={**vocabulary, **special}, merges=merges)))
+                                      ignore_merges=False, vocab={**vocabulary, **special},
+                                      merges=merges)))
 
 
 def halves(token, rank, ranks):
-    """The two parts that the merge of this rank joins: BPE on the token's bytes with lower ranks alone."""
+    """The two parts that the merge of this rank joins: BPE on the token's bytes with lower ranks
+    alone.
+    """
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
         i = min(range(len(joined)), key=joined.__getitem__)
         if joined[i] >= rank:
-            raise ValueError(f"token {token!r} cannot be built from two smaller ones: not a BPE vocabulary")
+            raise ValueError(f"token {token!r} cannot be built from two smaller ones: not a BPE "
+                             f"vocabulary")
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
 def encoding_from_json(text, name="tokenizer.json"):
-    """A tiktoken.Encoding with the ids of a byte-level BPE tokenizer.json. Raises ValueError on another kind.
+    """A tiktoken.Encoding with the ids of a byte-level BPE tokenizer.json. Raises ValueError on
+    another kind.
 
-    tiktoken merges by id, so ids must rise in merge order: true of every trained tokenizer, checked here. Ids of
-    bytes and of special tokens may be anything (Nemotron's bytes sit at 1000 and up).
+    tiktoken merges by id, so ids must rise in merge order: true of every trained tokenizer, checked
+    here. Ids of bytes and of special tokens may be anything (Nemotron's bytes sit at 1000 and up).
     """
     import tiktoken
     try:
@@ -268,20 +308,23 @@ def encoding_from_json(text, name="tokenizer.json"):
     kinds = [step["type"] for step in steps]
     if kinds not in (["Split", "ByteLevel"], ["ByteLevel"]) or steps[-1].get("add_prefix_space") \
             or spec.get("normalizer"):
-        raise ValueError(f"{name} is not byte-level BPE without normalizer (pre-tokenizer: {', '.join(kinds)})")
+        raise ValueError(f"{name} is not byte-level BPE without normalizer (pre-tokenizer: "
+                         f"{', '.join(kinds)})")
     pattern = steps[0]["pattern"].get("Regex") if kinds[0] == "Split" else GPT2_PATTERN
 
     character = byte_characters()
     as_bytes = lambda token: bytes(character[c] for c in token)
     ranks = {bytes([byte]): vocabulary.get(c) for c, byte in character.items()}
     if None in ranks.values():
-        raise ValueError(f"{name} lacks {list(ranks.values()).count(None)} of the 256 bytes: it cannot write any text")
+        raise ValueError(f"{name} lacks {list(ranks.values()).count(None)} of the 256 bytes: it "
+                         f"cannot write any text")
     previous = -1
     for merge in merges:
         joined = "".join(merge.split(" ") if isinstance(merge, str) else merge)
         rank = vocabulary[joined]
         if rank <= previous:
-            raise ValueError(f"{name}: ids do not rise in merge order (at {joined!r}), which tiktoken needs")
+            raise ValueError(f"{name}: ids do not rise in merge order (at {joined!r}), which "
+                             f"tiktoken needs")
         ranks[as_bytes(joined)] = previous = rank
     special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
     ranks = {token: rank for token, rank in ranks.items() if rank not in special.values()}
@@ -289,10 +332,13 @@ def encoding_from_json(text, name="tokenizer.json"):
 
 
 def make_tokenizer(spec, texts, vocab_size):
-    """tokenizer.json (a str) for --tokenizer: bpe, bytes, a file, or a tiktoken name (which downloads)."""
+    """tokenizer.json (a str) for --tokenizer: bpe, bytes, a file, or a tiktoken name (which
+    downloads).
+    """
     if spec == "bpe":
         if vocab_size < 300:
-            raise ValueError(f"a BPE of {vocab_size} entries is hardly more than the 256 bytes: at least 300")
+            raise ValueError(f"a BPE of {vocab_size} entries is hardly more than the 256 bytes: "
+                             f"at least 300")
         return train_bpe(texts, vocab_size)
     if spec == "bytes":
         return bpe_json({bytes([b]): b for b in range(256)}, r"[\s\S]", {SEPARATORS[0]: 256})
@@ -303,7 +349,8 @@ def make_tokenizer(spec, texts, vocab_size):
         return path.read_text(encoding="utf-8")
     import tiktoken
     if spec not in tiktoken.list_encoding_names():
-        raise ValueError(f"--tokenizer {spec!r} is not bpe, bytes, a .json file or one of tiktoken's "
+        raise ValueError(f"--tokenizer {spec!r} is not bpe, bytes, a .json file or one of "
+                         f"tiktoken's "
                          f"{', '.join(tiktoken.list_encoding_names())}")
     encoding = tiktoken.get_encoding(spec)
     return bpe_json(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
@@ -314,7 +361,8 @@ def separator_id(encoding):
     for name in SEPARATORS:
         if name in encoding.special_tokens_set:
             return encoding.encode_single_token(name)
-    raise ValueError(f"{encoding.name} has no separator: one of {', '.join(SEPARATORS)} must be a special token")
+    raise ValueError(f"{encoding.name} has no separator: one of {', '.join(SEPARATORS)} must be a "
+                     f"special token")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -322,7 +370,9 @@ def separator_id(encoding):
 
 
 class TokenStream:
-    """One long sequence of token ids over one or several arrays (memory-mapped shards or one in memory)."""
+    """One long sequence of token ids over one or several arrays (memory-mapped shards or one in
+    memory).
+    """
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -357,12 +407,16 @@ class TokenData:
 
     @property
     def vocab_size(self):
-        """Entries of the tokenizer, rounded up to a multiple of 16 (FP8 and tensor cores want that)."""
+        """Entries of the tokenizer, rounded up to a multiple of 16 (FP8 and tensor cores want
+        that).
+        """
         return -(-self.encoding.n_vocab // 16) * 16
 
 
 def pack(texts, encoding, separator):
-    """Token ids of all texts, the separator before each: uint16 where the vocabulary fits, else uint32."""
+    """Token ids of all texts, the separator before each: uint16 where the vocabulary fits, else
+    uint32.
+    """
     dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
     encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
     return np.concatenate([np.array([separator, *ids], dtype=dtype) for ids in encoded])
@@ -384,7 +438,9 @@ def load_data(data="stdlib", tokenizer="bpe", vocab_size=4096):
 
 
 def write_shards(token_data, folder, shard_tokens=10 ** 8):
-    """train-*.bin and validation-*.bin (raw little-endian uint16 or uint32), tokenizer.json, shards.json."""
+    """train-*.bin and validation-*.bin (raw little-endian uint16 or uint32), tokenizer.json,
+    shards.json.
+    """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "shards.json").exists():
@@ -395,7 +451,8 @@ def write_shards(token_data, folder, shard_tokens=10 ** 8):
         dtype, files[split] = stream.arrays[0].dtype, []
         for i, start in enumerate(range(0, len(stream), shard_tokens)):
             name = f"{split}-{i:05d}.bin"
-            stream.read(start, min(start + shard_tokens, len(stream))).astype(dtype).tofile(folder / name)
+            stream.read(start,
+                        min(start + shard_tokens, len(stream))).astype(dtype).tofile(folder / name)
             files[split].append(name)
     (folder / "tokenizer.json").write_text(token_data.tokenizer_json, encoding="utf-8")
     meta = dict(dtype=dtype.name, validation_bytes=token_data.validation_bytes, files=files,
@@ -404,7 +461,9 @@ def write_shards(token_data, folder, shard_tokens=10 ** 8):
 
 
 def load_shards(folder):
-    """TokenData of memory-mapped shards. Raises with one line if a file is missing, empty or cut short."""
+    """TokenData of memory-mapped shards. Raises with one line if a file is missing, empty or cut
+    short.
+    """
     folder = pathlib.Path(folder)
     meta = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
     streams = {}
@@ -412,27 +471,33 @@ def load_shards(folder):
         for name in names:
             size = (folder / name).stat().st_size if (folder / name).exists() else 0
             if not size or size % np.dtype(meta["dtype"]).itemsize:
-                raise ValueError(f"{folder / name}, named by shards.json, is missing, empty or cut short")
-        streams[split] = TokenStream([np.memmap(folder / name, meta["dtype"], "r") for name in names])
+                raise ValueError(f"{folder / name}, named by shards.json, is missing, empty or "
+                                 f"cut short")
+        streams[split] = TokenStream([np.memmap(folder / name, meta["dtype"], "r")
+                                      for name in names])
     tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
     encoding = encoding_from_json(tokenizer_json)
-    return TokenData(streams["train"], streams["validation"], meta["validation_bytes"], None, tokenizer_json,
+    return TokenData(streams["train"], streams["validation"], meta["validation_bytes"], None,
+                     tokenizer_json,
                      encoding, separator_id(encoding), meta["fingerprint"])
 
 
 class Batches:
-    """Windows of a stream in a seeded order. `position`, the number of windows taken, is the whole state.
+    """Windows of a stream in a seeded order. `position`, the number of windows taken, is the whole
+    state.
 
-    Epoch e visits window (stride * i + offset) mod n, i = 0 .. n - 1, with a stride coprime to n and a shift of all
-    window borders, both drawn from (seed, e): every window once an epoch, nothing stored, any position at once.
+    Epoch e visits window (stride * i + offset) mod n, i = 0 .. n - 1, with a stride coprime to n
+    and a shift of all window borders, both drawn from (seed, e): every window once an epoch,
+    nothing stored, any position at once.
     """
 
     def __init__(self, stream, batch_size, seq_len, seed=0, position=0, separator=None):
         self.stream, self.batch_size, self.seq_len, self.seed = stream, batch_size, seq_len, seed
         self.position, self.separator = position, separator
-        self.windows = (len(stream) - 1) // seq_len - 1     # one window less leaves room for the shift
+        self.windows = (len(stream) - 1) // seq_len - 1  # one window less leaves room for the shift
         if self.windows < 1:
-            raise ValueError(f"{len(stream)} tokens of training text do not fill two windows of {seq_len}: "
+            raise ValueError(f"{len(stream)} tokens of training text do not fill two windows of "
+                             f"{seq_len}: "
                              "use more text or a smaller --seq-len")
 
     def start_of(self, position):
@@ -440,13 +505,16 @@ class Batches:
         n = self.windows
         epoch, i = divmod(position, n)
         draw = np.random.default_rng((self.seed, epoch))
-        shift, offset, stride = draw.integers(self.seq_len), draw.integers(n), draw.integers(1, n + 1)
+        shift, offset, stride = draw.integers(self.seq_len), draw.integers(n), draw.integers(1,
+                                                                                             n + 1)
         while math.gcd(int(stride), n) != 1:
             stride = draw.integers(1, n + 1)
         return int((int(stride) * i + int(offset)) % n * self.seq_len + shift)
 
     def next(self):
-        """(tokens, labels, seq_idx): int64 (batch, seq_len) each; seq_idx is None unless documents are kept apart."""
+        """(tokens, labels, seq_idx): int64 (batch, seq_len) each; seq_idx is None unless documents
+        are kept apart.
+        """
         rows = []
         for i in range(self.batch_size):
             start = self.start_of(self.position + i)
@@ -463,7 +531,9 @@ def with_documents(tokens, labels, separator):
 
 
 def validation_batches(stream, batch_size, seq_len, separator=None, limit=None):
-    """The stream in order, every token predicted once; the last window is padded, labels -100 there."""
+    """The stream in order, every token predicted once; the last window is padded, labels -100
+    there.
+    """
     total = len(stream) - 1 if limit is None else min(len(stream) - 1, limit)
     starts = range(0, total, seq_len)
     for i in range(0, len(starts), batch_size):
@@ -497,23 +567,30 @@ def main(argv=None):
 def statistics(run):
     token_data = load_data(run.data, run.tokenizer, run.vocab_size)
     encoding, stream = token_data.encoding, token_data.validation
-    print(f"corpus       {token_data.fingerprint['source']}: {token_data.fingerprint['documents']} documents, "
-          f"{token_data.fingerprint['bytes'] / 1e6:.2f} MB, sha256 {token_data.fingerprint['sha256'][:12]}")
+    print(f"corpus       {token_data.fingerprint['source']}: "
+          f"{token_data.fingerprint['documents']} documents, "
+          f"{token_data.fingerprint['bytes'] / 1e6:.2f} MB, sha256 "
+          f"{token_data.fingerprint['sha256'][:12]}")
     bytes_per_token = token_data.validation_bytes / len(stream)
-    print(f"tokenizer    {run.tokenizer}: {encoding.n_vocab} entries, {bytes_per_token:.2f} bytes a token on "
+    print(f"tokenizer    {run.tokenizer}: {encoding.n_vocab} entries, {bytes_per_token:.2f} bytes "
+          f"a token on "
           "validation text")
     print(f"tokens       {len(token_data.train):,} training, {len(stream):,} validation "
           f"({token_data.validation_bytes / 1e3:.0f} kB)")
     xz = token_data.validation_xz
-    print("xz -9e       " + ("not computed for shards" if xz is None else f"{xz:.3f} bits a byte on validation text"))
+    print("xz -9e       " + ("not computed for shards" if xz is None
+                             else f"{xz:.3f} bits a byte on validation text"))
     start = int(np.random.default_rng(run.seed).integers(len(stream) - 40))
     pieces = (encoding.decode_single_token_bytes(int(i)) for i in stream.read(start, start + 40))
-    print("example      " + "|".join(piece.decode("utf-8", "replace").replace("\n", "\\n") for piece in pieces))
+    print("example      " + "|".join(piece.decode("utf-8", "replace").replace("\n", "\\n")
+                                     for piece in pieces))
     if run.write_shards:
         write_shards(token_data, run.write_shards)
         print(f"shards       written to {run.write_shards}")
-    return dict(documents=token_data.fingerprint["documents"], bytes=token_data.fingerprint["bytes"],
-                tokens=len(token_data.train), validation_tokens=len(stream), bytes_per_token=bytes_per_token,
+    return dict(documents=token_data.fingerprint["documents"],
+                bytes=token_data.fingerprint["bytes"],
+                tokens=len(token_data.train), validation_tokens=len(stream),
+                bytes_per_token=bytes_per_token,
                 xz_bpb=xz)
 
 

@@ -1,19 +1,24 @@
 """Inference: load a run or a released checkpoint, prefill, decode one token at a time, stream text.
 
     prefill(model, cache, tokens)       the prompt, in blocks, logits of its last token alone
-    decode_one(model, cache, token)     one token through the recurrent path: constant work in Mamba layers
+    decode_one(model, cache, token)     one token through the recurrent path: constant work in Mamba
+    layers
     sample(logits, ...)                 temperature, top-k, top-p, one generator per call
     generate(model, encoding, prompt)   the three of them as a stream of complete UTF-8 text
 
-A hybrid needs no position ids and no attention mask to decode: the cache is the position. Sources: Nemotron
-Nano 2, arXiv 2508.14444 (sampling settings in section 4); fp32 states as the released model cards ask.
+A hybrid needs no position ids and no attention mask to decode: the cache is the position. Sources:
+Nemotron Nano 2, arXiv 2508.14444 (sampling settings in section 4); fp32 states as the released
+model cards ask.
 
-Glossary: as in model.py. prefill: run the prompt; decode: one new token; stop: text that ends the answer.
+Glossary: as in model.py. prefill: run the prompt; decode: one new token; stop: text that ends the
+answer.
 
-Left out (so far): the memory plan, chat template and thinking budget, int8 weights, CUDA graphs, benchmarks.
+Left out (so far): the memory plan, chat template and thinking budget, int8 weights, CUDA graphs,
+benchmarks.
 
-    python infer.py                                   continue a prompt with the newest run; 5 s on 2 cores
-    python infer.py --checkpoint out/base --prompt "def main(" --temperature 0.7 --tokens 300
+    python infer.py                                   continue a prompt with the newest run; 5 s on
+    2 cores python infer.py --checkpoint out/base --prompt "def main(" --temperature 0.7 --tokens
+    300
     python infer.py --checkpoint FOLDER               any Nemotron-H folder with tokenizer.json
 """
 
@@ -32,13 +37,16 @@ from model import decode_settings, load_hf, tune_cpu
 
 
 def load_run(folder, device="cpu", dtype=None):
-    """(model in eval mode, tiktoken.Encoding) of a run folder or a Hugging Face folder with tokenizer.json.
+    """(model in eval mode, tiktoken.Encoding) of a run folder or a Hugging Face folder with
+    tokenizer.json.
 
-    Raises FileNotFoundError or ValueError with one line: nothing there, no tokenizer, vocabulary of another model.
+    Raises FileNotFoundError or ValueError with one line: nothing there, no tokenizer, vocabulary of
+    another model.
     """
     folder = pathlib.Path(folder)
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json: train one with python train_fp8.py --out {folder}, "
+        raise FileNotFoundError(f"{folder} has no config.json: train one with python train_fp8.py "
+                                f"--out {folder}, "
                                 "or name a folder with --checkpoint")
     if not (folder / "tokenizer.json").exists():
         raise FileNotFoundError(f"{folder} has no tokenizer.json beside its config.json")
@@ -56,7 +64,9 @@ def load_run(folder, device="cpu", dtype=None):
 
 @torch.no_grad()
 def prefill(model, cache, tokens, block=1024):
-    """Run tokens (b, t) into the cache in blocks, so that memory does not grow with t; last logits (b, v)."""
+    """Run tokens (b, t) into the cache in blocks, so that memory does not grow with t; last logits
+    (b, v).
+    """
     for piece in tokens.split(block, 1):
         logits = model(piece, cache, last_only=True)
     return logits[:, -1]
@@ -70,9 +80,11 @@ def decode_one(model, cache, token):
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Token ids (b,) from logits (b, v). temperature 0 is argmax; top_k 0 and top_p 1 keep everything.
+    """Token ids (b,) from logits (b, v). temperature 0 is argmax; top_k 0 and top_p 1 keep
+    everything.
 
-    top_p keeps the fewest tokens whose probability reaches p (the one that crosses it included). Filters in fp32.
+    top_p keeps the fewest tokens whose probability reaches p (the one that crosses it included).
+    Filters in fp32.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -98,14 +110,18 @@ def check_sampling(temperature, top_k, top_p):
 
 
 class TextStream:
-    """Token bytes in, text out: only complete UTF-8, and nothing that may be the start of a stop string."""
+    """Token bytes in, text out: only complete UTF-8, and nothing that may be the start of a stop
+    string.
+    """
 
     def __init__(self, stop=()):
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.stop, self.pending, self.stopped = [s for s in stop if s], "", False
 
     def feed(self, raw, final=False):
-        """The text that can be shown now. Sets .stopped once a stop string is complete; it is never shown."""
+        """The text that can be shown now. Sets .stopped once a stop string is complete; it is never
+        shown.
+        """
         self.pending += self.decoder.decode(raw, final)
         found = [i for i in (self.pending.find(s) for s in self.stop) if i >= 0]
         if found:
@@ -118,13 +134,16 @@ class TextStream:
         return text
 
 
-def generate(model, encoding, prompt, max_tokens=200, temperature=0.8, top_k=0, top_p=0.95, seed=0, stop=(),
+def generate(model, encoding, prompt, max_tokens=200, temperature=0.8, top_k=0, top_p=0.95, seed=0,
+             stop=(),
              max_len=None, stats=None):
-    """Yield the continuation of prompt (str) piece by piece: complete UTF-8, up to max_tokens or a stop.
+    """Yield the continuation of prompt (str) piece by piece: complete UTF-8, up to max_tokens or a
+    stop.
 
-    Stops at the separator token, at any of the stop strings (not shown) and after max_tokens. max_len: tokens of
-    the cache, prompt + max_tokens by default. stats: a dict that receives timings. Raises ValueError for an
-    empty prompt without separator, settings out of range, or a prompt longer than the cache.
+    Stops at the separator token, at any of the stop strings (not shown) and after max_tokens.
+    max_len: tokens of the cache, prompt + max_tokens by default. stats: a dict that receives
+    timings. Raises ValueError for an empty prompt without separator, settings out of range, or a
+    prompt longer than the cache.
     """
     check_sampling(temperature, top_k, top_p)
     separator = separator_id(encoding)
@@ -175,7 +194,7 @@ class Run:
     temperature: float = 0.7        # 0 is greedy
     top_k: int = 0                  # 0 is off
     top_p: float = 0.95             # 1 is off
-    stop: str = dataclasses.field(default="", metadata=dict(nargs="*"))     # strings that end the text
+    stop: str = dataclasses.field(default="", metadata=dict(nargs="*"))  # strings that end the text
     seed: int = 0                   # of the sampling
     context: int = 0                # tokens that the cache holds; 0 = prompt + tokens
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -183,9 +202,12 @@ class Run:
 
 
 def pick_device(name):
-    """auto -> cuda, mps or cpu, whichever is there first. Raises ValueError for a device that is not."""
+    """auto -> cuda, mps or cpu, whichever is there first. Raises ValueError for a device that is
+    not.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        found = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
+        return next((device for device, there in found if there), "cpu")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -217,7 +239,8 @@ def body(run):
           f"{str(model.lm_head.weight.dtype)[6:]}\n")
     pieces, stats = [], {}
     print(run.prompt, end="", flush=True)
-    for text in generate(model, encoding, run.prompt, run.tokens, run.temperature, run.top_k, run.top_p, run.seed,
+    for text in generate(model, encoding, run.prompt, run.tokens, run.temperature, run.top_k,
+                         run.top_p, run.seed,
                          run.stop or (), run.context or None, stats):
         print(text, end="", flush=True)
         pieces.append(text)
@@ -225,7 +248,8 @@ def body(run):
           f"{stats['prompt_tokens']} at {stats['prefill_tokens_per_s']:.0f} tokens/s, cache "
           f"{stats['cache_bytes'] / 2 ** 20:.2f} MiB")
     peak = stats["cache_bytes"] + sum(p.nbytes for p in model.parameters())
-    return dict(tokens_per_s=stats["tokens_per_s"], prefill_tokens_per_s=stats["prefill_tokens_per_s"],
+    return dict(tokens_per_s=stats["tokens_per_s"],
+                prefill_tokens_per_s=stats["prefill_tokens_per_s"],
                 peak_bytes=peak, text="".join(pieces))
 
 

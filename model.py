@@ -2,24 +2,26 @@
 
     M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-      the 9B: 27 M, 4 *, 25 -
 
-Each letter is one pre-norm residual, x + mixer(norm(x)): M Mamba-2, * attention, - MLP. About 8% of the
-layers are attention, spread evenly; they are what lets the model look up an exact earlier token, and the
-only part whose memory grows with the context. Sources: Nemotron-H, arXiv 2504.03624 (section 2), Nemotron
-Nano 2, arXiv 2508.14444 (section 2), and the released configurations, which win where the text disagrees:
-the Nano text says Mamba head dim 64, the weights use 128 heads x 80.
+Each letter is one pre-norm residual, x + mixer(norm(x)): M Mamba-2, * attention, - MLP. About 8% of
+the layers are attention, spread evenly; they are what lets the model look up an exact earlier
+token, and the only part whose memory grows with the context. Sources: Nemotron-H, arXiv 2504.03624
+(section 2), Nemotron Nano 2, arXiv 2508.14444 (section 2), and the released configurations, which
+win where the text disagrees: the Nano text says Mamba head dim 64, the weights use 128 heads x 80.
 
 What the released architecture is, and is not
   * RMSNorm, eps 1e-5, computed in fp32. No bias in any linear; the convolution has one.
-  * Grouped-query attention without positions of any kind: the Mamba layers carry order. (rope_theta is
-    for the transformer baselines alone.)
+  * Grouped-query attention without positions of any kind: the Mamba layers carry order. (rope_theta
+    is for the transformer baselines alone.)
   * MLP = down(relu(up(x))^2), no gate. Embedding and head are not tied.
-  * A_log, D and dt_bias are fp32 even in a bf16 checkpoint; so are the recurrent states and the logits.
+  * A_log, D and dt_bias are fp32 even in a bf16 checkpoint; so are the recurrent states and the
+    logits.
 
-Glossary: as in ssm.py, and d d_model | f MLP dim | v vocabulary | g also counts KV heads | pos tokens that
-a cache has seen.
+Glossary: as in ssm.py, and d d_model | f MLP dim | v vocabulary | g also counts KV heads | pos
+tokens that a cache has seen.
 
 Initialisation (tested)
-    embedding, in_proj, q, k, v, up, head      normal, std sqrt(0.8 / d_model)     (12B 0.0125, 56B 0.0099)
+    embedding, in_proj, q, k, v, up, head      normal, std sqrt(0.8 / d_model)     (12B 0.0125, 56B
+    0.0099)
     out_proj, o_proj, down_proj                the same / sqrt(number of layers): residual outputs
     conv1d weight and bias                     uniform +-1 / sqrt(width)           (torch's default)
     norms 1 | D 1 | A uniform in [1, 16] | dt log-uniform in [0.001, 0.1]
@@ -28,7 +30,8 @@ Left out: experts (pattern letter E), dropout (the models have none), tensor par
 
     python model.py                                    the toy: strip, parameters, FLOPs, bytes; 2 s
     python model.py --preset nemotron-nano-9b-v2       any size, on the meta device; 2 s
-    python model.py --bench                            against transformers, same weights; 2 min on 2 cores
+    python model.py --bench                            against transformers, same weights; 2 min on
+    2 cores
 """
 
 import contextlib
@@ -39,7 +42,6 @@ import math
 import os
 import pathlib
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +83,8 @@ class HybridConfig:
 
     def __post_init__(self):
         if "E" in self.pattern:
-            raise ValueError(f"pattern {self.pattern!r} has experts (E): only M, * and - are supported")
+            raise ValueError(f"pattern {self.pattern!r} has experts (E): only M, * and - are "
+                             f"supported")
         unknown = sorted(set(self.pattern) - set(LAYER_NAMES))
         if unknown or not self.pattern:
             raise ValueError(f"pattern {self.pattern!r} must be letters of M * -, has {unknown}")
@@ -90,7 +93,8 @@ class HybridConfig:
             if field.type is int and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} is {value!r}, must be a positive integer")
         if "*" in self.pattern and self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads "
+                             f"{self.n_kv_heads}")
         if "M" in self.pattern and self.mamba_heads % self.n_groups:
             raise ValueError(f"mamba_heads {self.mamba_heads} must be a multiple of "
                              f"n_groups {self.n_groups}")
@@ -116,18 +120,20 @@ class HybridConfig:
         mamba = d * (di + self.conv_dim + heads) + self.conv_dim * (self.d_conv + 1) + 3 * heads \
             + di + di * d + d
         q_width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        return {"M": mamba, "*": d * (2 * q_width + 2 * kv_width) + d, "-": 2 * d * self.mlp_dim + d}
+        return {"M": mamba, "*": d * (2 * q_width + 2 * kv_width) + d,
+                "-": 2 * d * self.mlp_dim + d}
 
     def n_params(self):
         """Total parameters, equal to the sum of numel over a built model."""
         layers = self.params_by_layer()
-        return sum(layers[c] for c in self.pattern) + self.d_model + 2 * self.vocab_size * self.d_model
+        tables = 2 * self.vocab_size * self.d_model                         # embedding and head
+        return sum(layers[c] for c in self.pattern) + self.d_model + tables
 
     def flops_by_part(self, context, decode=False):
         """Forward FLOPs a token, {letter or 'head': total}, a multiply-add counted as two.
 
-        Training: a causal sequence of `context` tokens, the chunked scan. Decode: one token after `context`.
-        Norms, convolution and activations are left out (under 1% at any preset's size).
+        Training: a causal sequence of `context` tokens, the chunked scan. Decode: one token after
+        `context`. Norms, convolution and activations are left out (under 1% at any preset's size).
         """
         d, di, n = self.d_model, self.d_inner, self.d_state
         mamba = 2 * (d * (di + self.conv_dim + self.mamba_heads) + di * d)
@@ -145,7 +151,8 @@ class HybridConfig:
         size, layers = dtype.itemsize, self.pattern.count
         kv = layers("*") * 2 * batch * self.n_kv_heads * context * self.head_dim * size
         ssm = layers("M") * batch * self.d_inner * self.d_state * state_dtype.itemsize
-        return dict(kv=kv, ssm=ssm, conv=layers("M") * batch * self.conv_dim * (self.d_conv - 1) * size)
+        return dict(kv=kv, ssm=ssm,
+                    conv=layers("M") * batch * self.conv_dim * (self.d_conv - 1) * size)
 
     def weight_bytes(self, dtype=torch.bfloat16):
         """Bytes of the weights: A_log, D and dt_bias fp32, the rest in dtype."""
@@ -161,7 +168,8 @@ def _nemotron(pattern, d, f, heads, mamba, vocab=131072, state=128):
 
 PRESETS = {
     "toy": dict(),
-    "small": dict(pattern="M-M-M*-M-M-M*-M-M-M*-M-M-", vocab_size=32768, d_model=768, mlp_dim=3072, n_heads=12,
+    "small": dict(pattern="M-M-M*-M-M-M*-M-M-M*-M-M-", vocab_size=32768, d_model=768, mlp_dim=3072,
+                  n_heads=12,
                   n_kv_heads=4, mamba_heads=24, n_groups=4, d_state=128, chunk_size=128),
     "nemotron-nano-12b-v2": _nemotron(
         "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
@@ -173,11 +181,13 @@ PRESETS = {
     "nemotron-h-4b": _nemotron(
         "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-", 3072, 12288, 32, (112, 64)),
     "nemotron-h-47b": _nemotron(
-        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
+        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M"
+        "*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
         8192, 30720, 64, (256, 64), state=256),
     "nemotron-h-56b": _nemotron("M-M-M-M" + 10 * "*-M-M-M-M-M" + "-",
                                 8192, 32768, 64, (256, 64), state=256),
-    "qwen3-8b-shape": dict(_nemotron("*-" * 36, 4096, 18432, 32, (128, 64), vocab=151936), rope_theta=1e6),
+    "qwen3-8b-shape": dict(_nemotron("*-" * 36, 4096, 18432, 32, (128, 64), vocab=151936),
+                           rope_theta=1e6),
     "nemotron-t-8b": dict(_nemotron("*-" * 32, 4096, 21504, 32, (128, 64)), rope_theta=1e4),
 }
 
@@ -221,8 +231,8 @@ def squared_relu(x):
 class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of h W^T in blocks of tokens: the (tokens, v) logits never exist at once.
 
-    The gradient is softmax - one_hot for each block while its logits are there, so nothing is computed twice.
-    Labels below 0 are left out of the mean.
+    The gradient is softmax - one_hot for each block while its logits are there, so nothing is
+    computed twice. Labels below 0 are left out of the mean.
     """
 
     @staticmethod
@@ -256,13 +266,17 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(h, weight, labels, block=1024):
-    """Mean -log softmax(h W^T)[label] in nats: h (tokens, d), weight (v, d), labels (tokens,), < 0 ignored."""
+    """Mean -log softmax(h W^T)[label] in nats: h (tokens, d), weight (v, d), labels (tokens,), < 0
+    ignored.
+    """
     want_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return _CrossEntropy.apply(h, weight, labels, block, want_grad)
 
 
 def rotate(x, pos, theta):
-    """Rotary positions pos, pos + 1, ... on x (b, heads, t, head_dim), halves paired (baselines only)."""
+    """Rotary positions pos, pos + 1, ... on x (b, heads, t, head_dim), halves paired (baselines
+    only).
+    """
     t, half = x.shape[2], x.shape[3] // 2
     fine = accumulator(x)
     rate = theta ** (-torch.arange(half, device=x.device, dtype=fine) / half)
@@ -280,7 +294,8 @@ class HybridCache:
     """What decode needs of the past, allocated once: KV for attention, states for Mamba-2.
 
     Per layer, by its index: kv[i] (2, b, g, max_len, head_dim), ssm[i] fp32 (b, h, p, n), conv[i]
-    (b, conv_dim, width - 1), the last inputs of the convolution, in memory by time. pos: tokens seen so far.
+    (b, conv_dim, width - 1), the last inputs of the convolution, in memory by time. pos: tokens
+    seen so far.
     """
 
     def __init__(self, config, batch, max_len, dtype, device, state_dtype=torch.float32):
@@ -290,9 +305,11 @@ class HybridCache:
         attention = [i for i, c in enumerate(config.pattern) if c == "*"]
         self.kv = {i: zeros(2, batch, config.n_kv_heads, max_len, config.head_dim, dtype=dtype)
                    for i in attention}
-        self.ssm = {i: zeros(batch, config.mamba_heads, config.mamba_head_dim, config.d_state, dtype=state_dtype)
+        self.ssm = {i: zeros(batch, config.mamba_heads, config.mamba_head_dim, config.d_state,
+                             dtype=state_dtype)
                     for i in M}
-        self.conv = {i: zeros(batch, config.d_conv - 1, config.conv_dim, dtype=dtype).transpose(1, 2) for i in M}
+        self.conv = {i: zeros(batch, config.d_conv - 1, config.conv_dim, dtype=dtype).transpose(1,
+                2) for i in M}
 
     def tensors(self):
         return [*self.kv.values(), *self.ssm.values(), *self.conv.values()]
@@ -302,7 +319,9 @@ class HybridCache:
         return sum(m.numel() * m.element_size() for m in self.tensors())
 
     def snapshot(self):
-        """A copy of the states and the position. KV is only ever appended, so its position is enough."""
+        """A copy of the states and the position. KV is only ever appended, so its position is
+        enough.
+        """
         return dict(pos=self.pos, ssm={i: m.clone() for i, m in self.ssm.items()},
                     conv={i: m.clone() for i, m in self.conv.items()})
 
@@ -314,7 +333,9 @@ class HybridCache:
                 mine[i].copy_(m)
 
     def expand(self, n):
-        """A new cache with every row n times, rows of one origin adjacent: n samples from one prefill."""
+        """A new cache with every row n times, rows of one origin adjacent: n samples from one
+        prefill.
+        """
         other = object.__new__(HybridCache)
         other.batch, other.max_len, other.pos = self.batch * n, self.max_len, self.pos
         other.kv = {i: m.repeat_interleave(n, 1) for i, m in self.kv.items()}
@@ -347,9 +368,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_width, config.d_model)
 
     def forward(self, x, kv=None, pos=0, mask=None):
-        """x (b, t, d) -> (b, t, d). kv (2, b, g, max_len, head_dim) holds pos tokens and takes t more, in place.
+        """x (b, t, d) -> (b, t, d). kv (2, b, g, max_len, head_dim) holds pos tokens and takes t
+        more, in place.
 
-        mask (b, 1, t, t) bool keeps documents apart in training; None is causal, aligned bottom-right.
+        mask (b, 1, t, t) bool keeps documents apart in training; None is causal, aligned
+        bottom-right.
         """
         heads = lambda m: m.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
@@ -360,14 +383,16 @@ class Attention(nn.Module):
             total = pos + x.shape[1]
             kv[0, :, :, pos:total], kv[1, :, :, pos:total] = k, v
             k, v = kv[:, :, :, :total]
-        y = self.attend(q, k, v, pos, mask)                                 # (b, heads, t, head_dim)
+        y = self.attend(q, k, v, pos, mask)  # (b, heads, t, head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     @staticmethod
     def attend(q, k, v, pos, mask):
-        """q (b, heads, t, head_dim), k, v (b, g, pos + t, head_dim). KV heads are never repeated."""
+        """q (b, heads, t, head_dim), k, v (b, g, pos + t, head_dim). KV heads are never
+        repeated.
+        """
         b, heads, t, head_dim = q.shape
-        if t == 1:          # one query sees everything: a group's query heads become rows, nothing to mask
+        if t == 1:  # one query sees everything: a group's query heads become rows, nothing to mask
             y = F.scaled_dot_product_attention(q.view(b, k.shape[1], -1, head_dim), k, v)
             return y.view(b, heads, 1, head_dim)
         if mask is None and pos > 0:        # is_causal=True would align top-left
@@ -394,7 +419,8 @@ class Block(nn.Module):
         self.letter = letter
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if letter == "M":
-            self.mixer = Mamba2(config.d_model, config.mamba_heads, config.mamba_head_dim, config.d_state,
+            self.mixer = Mamba2(config.d_model, config.mamba_heads, config.mamba_head_dim,
+                                config.d_state,
                                 config.n_groups, config.d_conv, config.chunk_size, config.norm_eps)
         else:
             self.mixer = Attention(config) if letter == "*" else MLP(config)
@@ -414,10 +440,12 @@ class Backbone(nn.Module):
 
 
 class HybridLM(nn.Module):
-    """The language model. model(tokens (b, t) int64) -> logits (b, t, v), fp32 (fp64 for a fp64 model).
+    """The language model. model(tokens (b, t) int64) -> logits (b, t, v), fp32 (fp64 for a fp64
+    model).
 
-    compute_dtype: dtype of the residual stream and the matmuls; None follows the parameters. Norms, decays,
-    states and logits stay fp32, and so do fp32 parameters: bf16 training keeps fp32 masters without autocast.
+    compute_dtype: dtype of the residual stream and the matmuls; None follows the parameters. Norms,
+    decays, states and logits stay fp32, and so do fp32 parameters: bf16 training keeps fp32 masters
+    without autocast.
     """
 
     def __init__(self, config, compute_dtype=None):
@@ -442,16 +470,21 @@ class HybridLM(nn.Module):
                 module.reset_ssm_parameters()
 
     def embed(self, tokens):
-        """tokens (b, t) -> (b, t, d) in the compute dtype. Raises ValueError for ids outside the vocabulary."""
+        """tokens (b, t) -> (b, t, d) in the compute dtype. Raises ValueError for ids outside the
+        vocabulary.
+        """
         try:
             x = self.backbone.embeddings(tokens)
         except IndexError:
-            raise ValueError(f"tokens span {tokens.min()} to {tokens.max()}, the vocabulary is 0 to "
+            raise ValueError(f"tokens span {tokens.min()} to {tokens.max()}, the vocabulary is 0 "
+                             f"to "
                              f"{self.config.vocab_size - 1}") from None
         return x.to(self.compute_dtype or x.dtype)
 
     def hidden(self, tokens, cache=None, seq_idx=None):
-        """Everything but the head: tokens (b, t) -> (b, t, d) after the final norm; a cache moves on by t."""
+        """Everything but the head: tokens (b, t) -> (b, t, d) after the final norm; a cache moves
+        on by t.
+        """
         b, t = tokens.shape
         x = self.embed(tokens)
         if cache is not None:
@@ -464,22 +497,28 @@ class HybridLM(nn.Module):
         return self.backbone.norm_f(x)
 
     def forward(self, tokens, cache=None, last_only=False, seq_idx=None):
-        """Logits (b, t, v), or (b, 1, v) of the last token alone. Right for any split of a prompt with a cache.
+        """Logits (b, t, v), or (b, 1, v) of the last token alone. Right for any split of a prompt
+        with a cache.
 
-        seq_idx (b, t) int: packed documents that must not see each other (training; not with a cache).
-        Raises ValueError for tokens outside the vocabulary and for a cache that is full or of another batch.
+        seq_idx (b, t) int: packed documents that must not see each other (training; not with a
+        cache). Raises ValueError for tokens outside the vocabulary and for a cache that is full or
+        of another batch.
         """
         h = self.hidden(tokens, cache, seq_idx)
         logits = self.lm_head(h[:, -1:] if last_only else h)
         return logits.to(accumulator(logits))
 
     def loss(self, tokens, labels, seq_idx=None):
-        """Mean cross-entropy in nats of labels (b, t), below 0 ignored, without ever holding all logits."""
+        """Mean cross-entropy in nats of labels (b, t), below 0 ignored, without ever holding all
+        logits.
+        """
         h = self.hidden(tokens, seq_idx=seq_idx)
         return cross_entropy(h.flatten(0, 1), self.lm_head.weight, labels.flatten())
 
     def init_cache(self, batch, max_len, dtype=None, state_dtype=torch.float32):
-        """An empty HybridCache on the model's device. dtype of KV and conv states: by default the compute dtype."""
+        """An empty HybridCache on the model's device. dtype of KV and conv states: by default the
+        compute dtype.
+        """
         weight = self.backbone.embeddings.weight
         dtype = dtype or self.compute_dtype or weight.dtype
         fine = torch.float64 if dtype == torch.float64 else state_dtype
@@ -514,17 +553,22 @@ HF_FIELDS = {       # ours -> config.json of nemotron_h
     "d_state": "ssm_state_size", "d_conv": "conv_kernel", "chunk_size": "chunk_size",
     "norm_eps": "layer_norm_epsilon", "bos_token_id": "bos_token_id",
 }
-HF_LAYERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-",
+HF_LAYERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*",
+             "mlp": "-",
              "moe": "E"}
-HF_MUST_BE = dict(mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embeddings=False, use_bias=False,
+HF_MUST_BE = dict(mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embeddings=False,
+                  use_bias=False,
                   mlp_bias=False, attention_bias=False, mamba_proj_bias=False, use_conv_bias=True)
 SHARD_BYTES = 5 * 10 ** 9
 
 
 def config_from_hf(values):
-    """A HybridConfig from config.json's values (old and new key names). Raises ValueError, naming the key."""
+    """A HybridConfig from config.json's values (old and new key names). Raises ValueError, naming
+    the key.
+    """
     if values.get("model_type") not in ("nemotron_h", "nemotron_h_rope"):
-        raise ValueError(f"config.json: model_type is {values.get('model_type')!r}, must be 'nemotron_h'")
+        raise ValueError(f"config.json: model_type is {values.get('model_type')!r}, must be "
+                         f"'nemotron_h'")
     for key, value in HF_MUST_BE.items():
         if values.get(key, value) != value:
             raise ValueError(f"config.json: {key} is {values[key]!r}, only {value!r} is supported")
@@ -533,22 +577,28 @@ def config_from_hf(values):
         layers = values.get("layers_block_type") or []
         pattern = "".join(HF_LAYERS.get(layer, "?") for layer in layers)
     values = {"head_dim": values.get("attention_head_dim"), **values}
-    known = {ours: values[theirs] for ours, theirs in HF_FIELDS.items() if values.get(theirs) is not None}
+    known = {ours: values[theirs] for ours,
+             theirs in HF_FIELDS.items() if values.get(theirs) is not None}
     missing = [theirs for ours, theirs in HF_FIELDS.items()
-               if ours not in known and ours not in ("chunk_size", "norm_eps", "bos_token_id", "d_conv")]
+               if ours not in known and ours not in ("chunk_size", "norm_eps", "bos_token_id",
+                                                     "d_conv")]
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)} missing")
     return HybridConfig(pattern=pattern, rope_theta=values.get("rope_theta"), **known)
 
 
 def config_to_hf(config, dtype):
-    """config.json's values. time_step_min is what transformers' torch path clamps dt at: the kernels do not."""
+    """config.json's values. time_step_min is what transformers' torch path clamps dt at: the
+    kernels do not.
+    """
     values = {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
     rope = {} if config.rope_theta is None else dict(rope_theta=config.rope_theta)
     name = "nemotron_h" if config.rope_theta is None else "nemotron_h_rope"
     return dict(architectures=["NemotronHForCausalLM"], model_type=name, **values, **rope,
-                hybrid_override_pattern=config.pattern, num_hidden_layers=len(config.pattern), **HF_MUST_BE,
-                initializer_range=math.sqrt(0.8 / config.d_model), time_step_min=1e-9, time_step_max=0.1,
+                hybrid_override_pattern=config.pattern, num_hidden_layers=len(config.pattern),
+                **HF_MUST_BE,
+                initializer_range=math.sqrt(0.8 / config.d_model), time_step_min=1e-9,
+                time_step_max=0.1,
                 eos_token_id=config.bos_token_id, torch_dtype=str(dtype)[6:])
 
 
@@ -563,14 +613,18 @@ def read_json(path):
 
 
 def replace_file(path, write):
-    """Call write(temporary path) and rename onto path, so that path is old or new and never half."""
+    """Call write(temporary path) and rename onto path, so that path is old or new and never
+    half.
+    """
     temporary = f"{path}.tmp"
     write(temporary)
     os.replace(temporary, path)
 
 
 def tensor_files(folder):
-    """[(file, tensor name)] of a checkpoint, sharded or not. Raises with one line on missing or broken files."""
+    """[(file, tensor name)] of a checkpoint, sharded or not. Raises with one line on missing or
+    broken files.
+    """
     from safetensors import SafetensorError, safe_open
     folder = pathlib.Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -579,7 +633,8 @@ def tensor_files(folder):
     elif single.exists():
         files = [single.name]
     else:
-        raise FileNotFoundError(f"{folder} has config.json but no weights: model.safetensors (or shards with "
+        raise FileNotFoundError(f"{folder} has config.json but no weights: model.safetensors (or "
+                                f"shards with "
                                 "model.safetensors.index.json) belong beside it")
     found = []
     for file in files:
@@ -587,18 +642,21 @@ def tensor_files(folder):
             with safe_open(folder / file, "pt") as shard:
                 found += [(folder / file, key) for key in shard.keys()]
         except FileNotFoundError:
-            raise FileNotFoundError(f"{folder / file}, named by {index.name}, does not exist") from None
+            raise FileNotFoundError(f"{folder / file}, named by {index.name}, does not exist") \
+                from None
         except SafetensorError as error:
-            raise ValueError(f"{folder / file} is not a complete safetensors file: {error}") from None
+            raise ValueError(f"{folder / file} is not a complete safetensors file: {error}") \
+                from None
     return found
 
 
 def load_hf(folder, device="cpu", dtype=None):
     """A HybridLM from a Hugging Face folder: config.json and model.safetensors, whole or in shards.
 
-    dtype: None keeps the stored one; A_log, D and dt_bias become fp32 (fp64 for float64) in any case. The model
-    is built without memory and each tensor is read, cast and placed alone: the peak is the weights + one tensor.
-    Raises FileNotFoundError or ValueError with one line: missing files, broken or foreign checkpoints.
+    dtype: None keeps the stored one; A_log, D and dt_bias become fp32 (fp64 for float64) in any
+    case. The model is built without memory and each tensor is read, cast and placed alone: the peak
+    is the weights + one tensor. Raises FileNotFoundError or ValueError with one line: missing
+    files, broken or foreign checkpoints.
     """
     from safetensors import safe_open
     config = config_from_hf(read_json(pathlib.Path(folder) / "config.json"))
@@ -609,10 +667,12 @@ def load_hf(folder, device="cpu", dtype=None):
         name = "backbone." + key.removeprefix("model.") if key.startswith("model.") else key
         if name not in wanted:
             raise ValueError(f"{file}: tensor {key} is not part of pattern {config.pattern}")
-        with safe_open(file, "pt") as shard:        # opened anew so that no mapped page outlives its tensor
+        # opened anew so that no mapped page outlives its tensor
+        with safe_open(file, "pt") as shard:
             value = shard.get_tensor(key)
             if value.shape != wanted[name].shape:
-                raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, config.json asks for "
+                raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, config.json asks "
+                                 f"for "
                                  f"{tuple(wanted[name].shape)}")
             target = dtype or value.dtype
             if name.endswith(FP32_PARAMETERS):
@@ -628,9 +688,11 @@ def load_hf(folder, device="cpu", dtype=None):
 
 
 def save_hf(model, folder, shard_bytes=SHARD_BYTES):
-    """Write config.json and model.safetensors (shards above shard_bytes) that transformers opens as NemotronH.
+    """Write config.json and model.safetensors (shards above shard_bytes) that transformers opens as
+    NemotronH.
 
-    Every file is written under another name and renamed; a tensor's dtype is kept. The config goes last.
+    Every file is written under another name and renamed; a tensor's dtype is kept. The config goes
+    last.
     """
     from safetensors.torch import save_file
     folder = pathlib.Path(folder)
@@ -659,7 +721,9 @@ def save_hf(model, folder, shard_bytes=SHARD_BYTES):
 def write_json(path, value):
     """Write one JSON object, under another name first."""
     text = json.dumps(value, indent=2)
-    replace_file(path, lambda temporary: pathlib.Path(temporary).write_text(text + "\n", encoding="utf-8"))
+    replace_file(path,
+                 lambda temporary: pathlib.Path(temporary).write_text(text + "\n",
+                                                                      encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -667,14 +731,16 @@ def write_json(path, value):
 
 
 def tune_cpu(matmul=None):
-    """Two process-wide CPU settings, worth 1.2 and up to 2 times in training; returns what was done, in words.
+    """Two process-wide CPU settings, worth 1.2 and up to 2 times in training; returns what was
+    done, in words.
 
-    Memory: glibc hands blocks over 32 MB back to the kernel at every free, and the next allocation pays a page
-    fault per 4 KB: a 64 MB addition takes 26 ms fresh and 1.5 ms in memory that was kept. Keep it.
-    Matmul: torch gives fp32 products to MKL, which does not use the full vector width of AMD's cores. oneDNN
-    does, and takes them when bf16 is *allowed*; on CPUs without AMX it still computes in fp32. So: allow, measure
-    error and time, and keep it only if the result is fp32-exact and faster. matmul: a setting found before, to be
-    used again unmeasured, so that a resumed run computes what it computed.
+    Memory: glibc hands blocks over 32 MB back to the kernel at every free, and the next allocation
+    pays a page fault per 4 KB: a 64 MB addition takes 26 ms fresh and 1.5 ms in memory that was
+    kept. Keep it. Matmul: torch gives fp32 products to MKL, which does not use the full vector
+    width of AMD's cores. oneDNN does, and takes them when bf16 is *allowed*; on CPUs without AMX it
+    still computes in fp32. So: allow, measure error and time, and keep it only if the result is
+    fp32-exact and faster. matmul: a setting found before, to be used again unmeasured, so that a
+    resumed run computes what it computed.
     """
     import platform
     done = []
@@ -689,7 +755,8 @@ def tune_cpu(matmul=None):
         done.append(f"fp32 matmuls as before ({matmul})")
     elif torch.backends.mkldnn.is_available():
         a = torch.randn(1024, 1024)
-        truth, before, plain = a.double() @ a.double(), setting.fp32_precision, median_seconds(lambda: a @ a)
+        truth, before = a.double() @ a.double(), setting.fp32_precision
+        plain = median_seconds(lambda: a @ a)
         setting.fp32_precision = "bf16"
         fast, error = median_seconds(lambda: a @ a), relative_error(a @ a, truth)
         if error > 1e-6 or fast > 0.8 * plain:
@@ -701,7 +768,9 @@ def tune_cpu(matmul=None):
 
 @contextlib.contextmanager
 def decode_settings():
-    """Inside: fp32 matmuls as torch comes. For one row oneDNN is twice as fast without bf16 allowed (`tune_cpu`)."""
+    """Inside: fp32 matmuls as torch comes. For one row oneDNN is twice as fast without bf16 allowed
+    (`tune_cpu`).
+    """
     setting = torch.backends.mkldnn.matmul
     before, setting.fp32_precision = setting.fp32_precision, "none"
     try:
@@ -730,8 +799,10 @@ def describe(config, context=8192, dtype=torch.bfloat16):
     """The text that main prints: strip, parameters by letter, FLOPs a token, bytes."""
     counts = {c: config.pattern.count(c) for c in LAYER_NAMES}
     lines = [config.pattern, "  ".join(f"{c} {LAYER_NAMES[c]} x {n}" for c, n in counts.items()),
-             f"d_model {config.d_model}, MLP {config.mlp_dim}, attention {config.n_heads}/{config.n_kv_heads} x "
-             f"{config.head_dim}, Mamba {config.mamba_heads} x {config.mamba_head_dim}, groups {config.n_groups}, "
+             f"d_model {config.d_model}, MLP {config.mlp_dim}, attention "
+             f"{config.n_heads}/{config.n_kv_heads} x "
+             f"{config.head_dim}, Mamba {config.mamba_heads} x {config.mamba_head_dim}, groups "
+             f"{config.n_groups}, "
              f"state {config.d_state}, vocabulary {config.vocab_size}", ""]
 
     layers, total = config.params_by_layer(), config.n_params()
@@ -743,27 +814,35 @@ def describe(config, context=8192, dtype=torch.bfloat16):
     rows["embedding"] = (1, config.vocab_size * config.d_model, 0, 0)
     rows["final norm"] = (1, config.d_model, 0, 0)
     for name, (n, params, a, b) in rows.items():
-        lines.append(f"{name:12s}{n:7d}{params:16,d}{params / total:7.1%}{3 * a / 1e6:16,.1f}{b / 1e6:17,.1f}")
+        lines.append(f"{name:12s}{n:7d}{params:16,d}{params / total:7.1%}"
+                     f"{3 * a / 1e6:16,.1f}{b / 1e6:17,.1f}")
     lines.append(f"{'total':12s}{len(config.pattern):7d}{total:16,d}{'':7s}"
                  f"{3 * sum(train.values()) / 1e6:16,.1f}{sum(decode.values()) / 1e6:17,.1f}")
 
     cache = config.cache_bytes(1, context, dtype)
     gib = lambda n: f"{n / 2 ** 30:.3f} GiB" if n >= 2 ** 28 else f"{n / 2 ** 20:.2f} MiB"
-    lines += ["", f"at a context of {context} tokens, {str(dtype)[6:]}: weights {gib(config.weight_bytes(dtype))}, "
-              f"KV {gib(cache['kv'])}, fp32 SSM states {gib(cache['ssm'])}, conv states {gib(cache['conv'])}"]
+    lines += ["",
+              f"at a context of {context} tokens, {str(dtype)[6:]}: weights "
+              f"{gib(config.weight_bytes(dtype))}, "
+              f"KV {gib(cache['kv'])}, fp32 SSM states {gib(cache['ssm'])}, conv states "
+              f"{gib(cache['conv'])}"]
     return "\n".join(lines)
 
 
 def plot_architecture(config, path, context=8192):
-    """The pattern as a strip of coloured cells, parameters and training FLOPs by layer type under it."""
+    """The pattern as a strip of coloured cells, parameters and training FLOPs by layer type under
+    it.
+    """
     from matplotlib.figure import Figure
-    colours = {"M": "#4c72b0", "*": "#c44e52", "-": "#b8b8b8", "head": "#55a868", "embedding": "#8172b2"}
+    colours = {"M": "#4c72b0", "*": "#c44e52", "-": "#b8b8b8", "head": "#55a868",
+               "embedding": "#8172b2"}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     strip, bars = figure.subplots(2, 1, height_ratios=[1, 2.2])
     for i, c in enumerate(config.pattern):
         strip.bar(i, 1, width=0.9, color=colours[c])
     strip.set(xlim=(-1, len(config.pattern)), yticks=[], xlabel="layer",
-              title=f"{config.n_params() / 1e6:,.0f} M parameters: Mamba-2 blue, attention red, MLP grey")
+              title=f"{config.n_params() / 1e6:,.0f} M parameters: Mamba-2 blue, attention red, "
+                    f"MLP grey")
     table = config.vocab_size * config.d_model
     params = {c: n * config.pattern.count(c) for c, n in config.params_by_layer().items()}
     flops = config.flops_by_part(context)
@@ -783,12 +862,15 @@ def plot_architecture(config, path, context=8192):
 # ------------------------------------------------------------------------------------------------
 # python model.py --bench: against transformers, same weights, same batch, fp32
 
-BENCH = dict(pattern="M-M-M*-M-M*-", vocab_size=4096, d_model=256, mlp_dim=1024, n_heads=4, n_kv_heads=2,
+BENCH = dict(pattern="M-M-M*-M-M*-", vocab_size=4096, d_model=256, mlp_dim=1024, n_heads=4,
+             n_kv_heads=2,
              head_dim=64, mamba_heads=8, mamba_head_dim=64, n_groups=2, d_state=64, chunk_size=64)
 
 
 def bench_child(side, folder, batch, length):
-    """Measure one side in this process: training step, prefill, decode, memory, the machine's matmul peak."""
+    """Measure one side in this process: training step, prefill, decode, memory, the machine's
+    matmul peak.
+    """
     settings = tune_cpu() if side != "transformers" else "defaults"
     torch.manual_seed(0)
     tokens = torch.randint(0, BENCH["vocab_size"], (batch, length))
@@ -807,7 +889,8 @@ def bench_child(side, folder, batch, length):
         transformers.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         loss = lambda: model(input_ids=tokens, labels=tokens).loss
-        prefill = lambda rows: model(input_ids=rows, use_cache=True, logits_to_keep=1).past_key_values
+        prefill = lambda rows: model(input_ids=rows, use_cache=True,
+                                     logits_to_keep=1).past_key_values
         decode = lambda cache, last: model(input_ids=last, past_key_values=cache, use_cache=True)
 
     def step():
@@ -815,7 +898,8 @@ def bench_child(side, folder, batch, length):
         loss().backward()
     reset_peak()
     before = resident_bytes()
-    result = dict(side=side, settings=settings, train=batch * length / median_seconds(step, repeats=7))
+    result = dict(side=side, settings=settings,
+                  train=batch * length / median_seconds(step, repeats=7))
     result["growth"] = resident_bytes(peak=True) - before
     model.zero_grad(set_to_none=True)
     model.eval()
@@ -824,14 +908,17 @@ def bench_child(side, folder, batch, length):
         for rows in (1, batch):
             cache, last = prefill(tokens[:rows]), tokens[:rows, :1]
             with decode_settings():
-                result[f"decode{rows}"] = rows / median_seconds(lambda: decode(cache, last), repeats=60)
+                result[f"decode{rows}"] = rows / median_seconds(lambda: decode(cache, last),
+                                                                repeats=60)
     a = torch.randn(2048, 2048)
     result["peak"] = 2 * 2048 ** 3 / median_seconds(lambda: a @ a)
     print(json.dumps(result))
 
 
 def bench(batch=8, length=512, rounds=2):
-    """Each side in fresh processes, in turn; the table of medians, ratios and shares of the matmul peak."""
+    """Each side in fresh processes, in turn; the table of medians, ratios and shares of the matmul
+    peak.
+    """
     import statistics
     import subprocess
     import tempfile
@@ -842,32 +929,39 @@ def bench(batch=8, length=512, rounds=2):
         torch.manual_seed(0)
         save_hf(HybridLM(config), folder)
         for side in sides * rounds:
-            command = [sys.executable, __file__, "--bench-child", side, folder, str(batch), str(length)]
+            command = [sys.executable, __file__, "--bench-child", side, folder, str(batch),
+                       str(length)]
             output = subprocess.run(command, capture_output=True, text=True)
             if output.returncode:
                 raise ValueError(f"{side}: {output.stderr.strip().splitlines()[-1]}")
             runs[side].append(json.loads(output.stdout.splitlines()[-1]))
-            print(f"  {side}: {runs[side][-1]['train']:.0f} tokens/s in training ({runs[side][-1]['settings']})")
+            print(f"  {side}: {runs[side][-1]['train']:.0f} tokens/s in training "
+                  f"({runs[side][-1]['settings']})")
 
     keys = ["train", "growth", "prefill", "decode1", f"decode{batch}", "peak"]
-    median = {side: {k: statistics.median(r[k] for r in runs[side]) for k in keys} for side in sides}
+    median = {side: {k: statistics.median(r[k] for r in runs[side]) for k in keys}
+              for side in sides}
     forward, decode = config.flops_by_part(length), config.flops_by_part(length, decode=True)
     flops = dict(train=3 * sum(forward.values()), prefill=sum(forward.values()) - forward["head"],
                  decode1=sum(decode.values()), **{f"decode{batch}": sum(decode.values())})
     print(f"\n{config.pattern}, {config.n_params():,} parameters, batch {batch} x {length}, fp32, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':28s}{'train tok/s':>18s}{'prefill tok/s':>18s}{'decode 1 tok/s':>18s}{f'decode {batch} tok/s':>18s}"
+    heads = ("train tok/s", "prefill tok/s", "decode 1 tok/s", f"decode {batch} tok/s")
+    print(f"{'':28s}" + "".join(f"{head:>18s}" for head in heads) +
           f"{'growth GB':>11s}{'2048^3 GFLOP/s':>16s}")
     for side in sides:
         m = median[side]
         cells = (f"{m[k]:9.0f} ({flops[k] * m[k] / m['peak']:4.0%})" for k in flops)
         print(f"{side:28s}" + "".join(f"{c:>18s}" for c in cells) + f"{m['growth'] / 1e9:11.2f}"
               f"{m['peak'] / 1e9:16.0f}")
-    ratios = {other: {k: median["this file"][k] / median[other][k] for k in keys[:-1]} for other in sides[1:]}
+    ratios = {other: {k: median["this file"][k] / median[other][k] for k in keys[:-1]}
+              for other in sides[1:]}
     for other, r in ratios.items():
         print(f"against {other:26s}" + "   ".join(f"{k} {v:.2f}x" for k, v in r.items()))
-    print("(in brackets: share of the side's own 2048^3 fp32 matmul rate; growth: peak resident memory over start)")
-    return dict(n_params=config.n_params(), flops_per_token=flops["train"], bench=median, ratios=ratios)
+    print("(in brackets: share of the side's own 2048^3 fp32 matmul rate; growth: peak resident "
+          "memory over start)")
+    return dict(n_params=config.n_params(), flops_per_token=flops["train"], bench=median,
+                ratios=ratios)
 
 
 def main(argv=None):
@@ -875,12 +969,15 @@ def main(argv=None):
 
     @dataclasses.dataclass
     class Run:
-        """The architecture in numbers: pattern strip, parameters, FLOPs, bytes. Builds on the meta device."""
+        """The architecture in numbers: pattern strip, parameters, FLOPs, bytes. Builds on the meta
+        device.
+        """
         preset: str = "toy"         # one of the presets
         context: int = 8192         # tokens, for FLOPs and cache bytes
         out: str = "out"            # folder for the plot, model-PRESET.png
         bench: bool = False         # measure against transformers (must be installed)
-        bench_child: str = dataclasses.field(default="", metadata=dict(nargs=4))    # internal: one side's process
+        # internal: one side's process
+        bench_child: str = dataclasses.field(default="", metadata=dict(nargs=4))
 
     def body(run):
         if run.bench_child:
@@ -900,7 +997,8 @@ def main(argv=None):
         picture = pathlib.Path(run.out) / f"model-{run.preset}.png"
         plot_architecture(config, picture, run.context)
         print(f"plot: {picture}")
-        return dict(n_params=built, flops_per_token=3 * sum(config.flops_by_part(run.context).values()))
+        return dict(n_params=built,
+                    flops_per_token=3 * sum(config.flops_by_part(run.context).values()))
 
     run_script(body, parse_flags(Run, argv))
 

@@ -1,4 +1,5 @@
-"""Mamba-2 in one file: the scan in three forms, a hand-derived backward, one-token decode, the layer.
+"""Mamba-2 in one file: the scan in three forms, a hand-derived backward, one-token decode, the
+layer.
 
 A Mamba-2 head keeps a matrix-valued state and forgets it at a rate it computes from the input:
 
@@ -10,38 +11,42 @@ decay between s and t times dt_s x_s. Everything below is that one sentence, eva
 
     ssd_recurrent   token by token                  O(t) work, no matmuls      the definition
     ssd_quadratic   the (t, t) score matrix         O(t^2) work, all matmuls   the insight
-    ssd_chunked     quadratic inside chunks,        O(t l) work, all matmuls   what trains and prefills
+    ssd_chunked     quadratic inside chunks,        O(t l) work, all matmuls   what trains and
+    prefills
                     recurrent between them
     ssd_step        one token, state in place       O(1) work and memory       what decodes
 
-Source: Mamba-2, arXiv 2405.21060 (the scan: section 6; the layer: section 7). Shapes and names follow
-state-spaces/mamba at e9594ce. The released Nemotron-H models use this layer unchanged.
+Source: Mamba-2, arXiv 2405.21060 (the scan: section 6; the layer: section 7). Shapes and names
+follow state-spaces/mamba at e9594ce. The released Nemotron-H models use this layer unchanged.
 
 Glossary
-    b batch | t time steps | h heads | p head dim | g groups | r = h / g heads that share a group's B, C
-    n state size | l length of a chunk | x input | dt step size (softplus applied) | A decay rate (h,)
-    B, C input and output maps (attention's keys and queries) | D skip (h,) | S state (b, h, p, n)
-    u = dt x, what enters the state | a = dt A, the log of a step's decay | L = exp(segment sums of a)
-    z the output gate | seq_idx (b, t): a change of value starts a new document and empties the state
+    b batch | t time steps | h heads | p head dim | g groups | r = h / g heads that share a group's
+    B, C n state size | l length of a chunk | x input | dt step size (softplus applied) | A decay
+    rate (h,) B, C input and output maps (attention's keys and queries) | D skip (h,) | S state (b,
+    h, p, n) u = dt x, what enters the state | a = dt A, the log of a step's decay | L = exp(segment
+    sums of a) z the output gate | seq_idx (b, t): a change of value starts a new document and
+    empties the state
 
 Choices, and where others differ
   * Heads of one group read the same B and C. They are never copied to heads: every product with B
-    or C is one batched matmul a group with the group's heads side by side. (transformers 5.23 repeats
-    both; at the 9B's 128 heads on 8 groups that is 16 times the memory.)
-  * Mask before exp. exp first and mask after gives inf * 0 = NaN in the backward. One `minimum` with
-    a mask of 0 and -inf masks and keeps the exponent at or below 0 in the same pass.
+    or C is one batched matmul a group with the group's heads side by side. (transformers 5.23
+    repeats both; at the 9B's 128 heads on 8 groups that is 16 times the memory.)
+  * Mask before exp. exp first and mask after gives inf * 0 = NaN in the backward. One `minimum`
+    with a mask of 0 and -inf masks and keeps the exponent at or below 0 in the same pass.
   * dt has no lower clamp. The kernels have none; transformers' torch path floors dt at 0.001 in
     prefill and not in decode, so that its own two paths disagree.
   * dt, A, cumulative sums, decays and states are fp32 whatever x is (fp64 if x is fp64); matmul
     operands have x's dtype, as in the CUDA kernels. bf16 cumulative sums cost 6% in the decays.
-  * A chunk's scores live only while the chunk is worked on: memory is O(l) scores plus one state per
-    chunk, and what a step touches stays in the CPU's cache.
+  * A chunk's scores live only while the chunk is worked on: memory is O(l) scores plus one state
+    per chunk, and what a step touches stays in the CPU's cache.
   * seq_idx resets at every *change*: 0 1 0 are three documents. (mamba_ssm compares values.)
     initial_states belong to the document at position 0.
 
-Left out: multi-GPU sequence parallelism; double backward through ssd_chunked (the other two have it).
+Left out: multi-GPU sequence parallelism; double backward through ssd_chunked (the other two have
+it).
 
-    python ssm.py               agreement and speed tables, out/ssm.png        about 1.5 min on 2 cores
+    python ssm.py               agreement and speed tables, out/ssm.png        about 1.5 min on 2
+    cores
     python ssm.py --quick       the same with fewer lengths                    about 15 s
 """
 
@@ -62,14 +67,18 @@ def accumulator(x):
 
 
 def discretize(x, dt, A):
-    """One step's input u = dt x (b, t, h, p) and log-decay a = dt A <= 0 (b, t, h), in the accumulator's dtype."""
+    """One step's input u = dt x (b, t, h, p) and log-decay a = dt A <= 0 (b, t, h), in the
+    accumulator's dtype.
+    """
     dtype = accumulator(x)
     dt = dt.to(dtype)
     return x.to(dtype) * dt[..., None], dt * A.to(dtype)
 
 
 def documents(seq_idx):
-    """seq_idx (b, t) -> (b, t), the number of changes so far: equal only inside one document. None stays None."""
+    """seq_idx (b, t) -> (b, t), the number of changes so far: equal only inside one document. None
+    stays None.
+    """
     if seq_idx is None:
         return None
     changed = (seq_idx[:, 1:] != seq_idx[:, :-1]).long()
@@ -77,14 +86,18 @@ def documents(seq_idx):
 
 
 def _prepare(x, dt, A, B, C, D, initial_states, seq_idx):
-    """Check shapes, name what is wrong; returns the state to start from (zeros by default) and document numbers."""
+    """Check shapes, name what is wrong; returns the state to start from (zeros by default) and
+    document numbers.
+    """
     b, t, h, p = x.shape
     g, n = B.shape[2:]
-    wanted = dict(dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)), D=(D, (h,)),
+    wanted = dict(dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)),
+                  D=(D, (h,)),
                   initial_states=(initial_states, (b, h, p, n)), seq_idx=(seq_idx, (b, t)))
     for name, (value, shape) in wanted.items():
         if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)} and B {tuple(B.shape)} "
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)} and B "
+                             f"{tuple(B.shape)} "
                              f"ask for {shape}")
     if h % g:
         raise ValueError(f"{h} heads cannot share {g} groups: heads must be a multiple of groups")
@@ -100,10 +113,11 @@ def _prepare(x, dt, A, B, C, D, initial_states, seq_idx):
 def ssd_recurrent(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
     """The definition, one token at a time (Mamba-2, equation 1 with scalar A; section 3.1).
 
-    x (b, t, h, p) float; dt (b, t, h) positive, softplus applied; A (h,) negative; B, C (b, t, g, n);
-    D (h,) or None; initial_states (b, h, p, n) or None for zeros; seq_idx (b, t) int or None.
+    x (b, t, h, p) float; dt (b, t, h) positive, softplus applied; A (h,) negative; B, C (b, t, g,
+    n); D (h,) or None; initial_states (b, h, p, n) or None for zeros; seq_idx (b, t) int or None.
     Returns y (b, t, h, p) in x's dtype and the final states (b, h, p, n), fp32 (fp64 if x is).
-    Raises ValueError on shapes that do not fit. Gradients flow to every float input and from both outputs.
+    Raises ValueError on shapes that do not fit. Gradients flow to every float input and from both
+    outputs.
     """
     S, doc = _prepare(x, dt, A, B, C, D, initial_states, seq_idx)
     b, t, h, p = x.shape
@@ -111,7 +125,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
     u, a = discretize(x, dt, A)
     B, C = B.to(u.dtype), C.to(u.dtype)
 
-    S, ys = S.view(b, g, h // g, p, n), []                                  # heads of a group side by side
+    S, ys = S.view(b, g, h // g, p, n), []  # heads of a group side by side
     for i in range(t):
         decay = a[:, i].exp()                                               # (b, h)
         if doc is not None and i > 0:
@@ -127,7 +141,8 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
 
 
 def segment_sum(a):
-    """a (..., t) -> (..., t, t): entry [i, j] = a_{j+1} + ... + a_i, 0 on the diagonal, -inf above it.
+    """a (..., t) -> (..., t, t): entry [i, j] = a_{j+1} + ... + a_i, 0 on the diagonal, -inf above
+    it.
 
     Sums masked terms instead of subtracting two cumulative sums, so that no digits cancel.
     """
@@ -138,9 +153,11 @@ def segment_sum(a):
 
 
 def ssd_quadratic(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
-    """The attention form: y = (L * C B^T) u, with decays L in the place of softmax (Mamba-2, section 3.2).
+    """The attention form: y = (L * C B^T) u, with decays L in the place of softmax (Mamba-2,
+    section 3.2).
 
-    Arguments, results and errors as in `ssd_recurrent`. O(t^2) time and memory: for reading and testing.
+    Arguments, results and errors as in `ssd_recurrent`. O(t^2) time and memory: for reading and
+    testing.
     """
     S0, doc = _prepare(x, dt, A, B, C, D, initial_states, seq_idx)
     b, t, h, p = x.shape
@@ -149,7 +166,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
     B, C, u = B.to(u.dtype), C.to(u.dtype), u.view(b, t, g, h // g, p)
 
     a = a.transpose(1, 2).reshape(b, g, h // g, t)
-    L, start = segment_sum(a), a.cumsum(-1)                                 # (b, g, r, t, t), (b, g, r, t)
+    L, start = segment_sum(a), a.cumsum(-1)  # (b, g, r, t, t), (b, g, r, t)
     if doc is not None:
         L = L.masked_fill((doc[:, :, None] != doc[:, None, :])[:, None, None], -torch.inf)
         start = start.masked_fill((doc != doc[:, :1])[:, None, None], -torch.inf)
@@ -159,7 +176,8 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
     y = torch.einsum("bgrij,bjgrp->bigrp", scores, u)
     S0 = S0.view(b, g, h // g, p, n)
     y = y + torch.einsum("bign,bgrpn,bgri->bigrp", C, S0, start)
-    S = torch.einsum("bgrj,bjgrp,bjgn->bgrpn", L[..., -1, :], u, B) + start[..., -1, None, None] * S0
+    S = torch.einsum("bgrj,bjgrp,bjgn->bgrpn", L[..., -1, :], u, B) + start[..., -1, None,
+                                                                            None] * S0
 
     y = y.reshape(b, t, h, p)
     if D is not None:
@@ -170,12 +188,14 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
 def ssd_chunked(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chunk_size=128):
     """The algorithm (Mamba-2, section 6): attention inside chunks, the recurrence between them.
 
-    Arguments, results and errors as in `ssd_recurrent`; the result does not depend on chunk_size, and t need
-    not be a multiple of it. Time O(t l), memory O(t + l^2). The backward is derived by hand (`_ChunkedScan`).
+    Arguments, results and errors as in `ssd_recurrent`; the result does not depend on chunk_size,
+    and t need not be a multiple of it. Time O(t l), memory O(t + l^2). The backward is derived by
+    hand (`_ChunkedScan`).
     """
     S0, doc = _prepare(x, dt, A, B, C, D, initial_states, seq_idx)
     keep_states = torch.is_grad_enabled()
-    return _ChunkedScan.apply(x, dt, A, B, C, D, S0, doc, max(1, min(chunk_size, x.shape[1])), keep_states)
+    return _ChunkedScan.apply(x, dt, A, B, C, D, S0, doc, max(1, min(chunk_size, x.shape[1])),
+                              keep_states)
 
 
 class _Chunk:
@@ -186,7 +206,7 @@ class _Chunk:
         self.span = s = slice(start, stop)
         self.sizes = b, stop - start, h, p, B.shape[2]
         self.x, self.dt = x[:, s], dt[:, s].to(accumulator(x))
-        self.u, a = discretize(self.x, self.dt, A)                          # (b, l, h, p), (b, l, h)
+        self.u, a = discretize(self.x, self.dt, A)  # (b, l, h, p), (b, l, h)
         self.B, self.C = (m[:, s].transpose(1, 2).flatten(0, 1) for m in (B, C))     # (b g, l, n)
 
         # Decay between two positions, from the chunk's start, to its end, and across all of it.
@@ -194,7 +214,7 @@ class _Chunk:
         at = a.transpose(1, 2).contiguous()                                 # (b, h, l)
         causal = at.new_full((stop - start, stop - start), -torch.inf).triu(1)
         self.L = at[..., :, None] - at[..., None, :]
-        self.L = torch.minimum(self.L, causal, out=self.L).exp_()           # (b, h, l, l): mask, then exp
+        self.L = torch.minimum(self.L, causal, out=self.L).exp_()  # (b, h, l, l): mask, then exp
         self.head, self.tail = a.exp(), (a[:, -1:] - a).clamp_(max=0).exp_()     # (b, l, h) each
         if doc is not None:
             before, doc = doc[:, max(start - 1, 0), None], doc[:, s]
@@ -204,7 +224,9 @@ class _Chunk:
         self.all = self.head[:, -1]                                         # (b, h)
 
     def by_group(self, m):
-        """(b, l, h, p) -> (b g, l, r p): a group's heads side by side, for products with B and C."""
+        """(b, l, h, p) -> (b g, l, r p): a group's heads side by side, for products with B and
+        C.
+        """
         b, l, h, p, g = self.sizes
         return m.reshape(b, l, g, h // g * p).transpose(1, 2).reshape(b * g, l, -1)
 
@@ -232,10 +254,12 @@ class _Chunk:
 class _ChunkedScan(torch.autograd.Function):
     """The chunked scan and its gradient.
 
-    With S the state entering a chunk, G = C B^T its scores, M = G * L and all products over one chunk:
+    With S the state entering a chunk, G = C B^T its scores, M = G * L and all products over one
+    chunk:
 
         y  = M u  +  head * (C S^T)  +  D x                (1) inside the chunk   (4) from the state
-        S' = all * S  +  (tail * u)^T B                    (3) the recurrence     (2) the chunk's own state
+        S' = all * S  +  (tail * u)^T B                    (3) the recurrence     (2) the chunk's
+        own state
 
     Given dy and R = dS', the transposes of the same products, last chunk first:
 
@@ -243,12 +267,13 @@ class _ChunkedScan(torch.autograd.Function):
         dC = dG B   + (head * dy) S           dB = dG^T C + (tail * u) R
         R  <- all * R + (head * dy)^T C       the gradient of the state that entered
 
-    The log-decays a enter only through exp of differences of their cumulative sum c, and d exp = exp:
-    with W = dM * M (strictly lower; the diagonal's exponent is the constant 0),
+    The log-decays a enter only through exp of differences of their cumulative sum c, and d exp =
+    exp: with W = dM * M (strictly lower; the diagonal's exponent is the constant 0),
 
         dc_i = sum_j W_ij - sum_j W_ji + <dy_i, head_i C_i S> - w_i,     w_i = <u_i, tail_i B_i R>
         dc_last += sum_i w_i + all <R, S>                  tail and all also read the last sum
-        da = reverse cumulative sum of dc,    ddt = <du, x> + A da,    dA = sum of dt da,    dx = dt du + D dy
+        da = reverse cumulative sum of dc,    ddt = <du, x> + A da,    dA = sum of dt da,    dx = dt
+        du + D dy
 
     Only the inputs and each chunk's entering state are saved; scores are computed again.
     """
@@ -323,7 +348,8 @@ class _ChunkedScan(torch.autograd.Function):
             dc -= w
             dc[:, -1] += w.sum(1) + k.all * (R * S).view(b, h, p * n).sum(-1)
 
-            left, dyd = k.by_group((k.u * k.tail[..., None]).to(x.dtype)), k.by_group(dyd.to(x.dtype))
+            left, dyd = k.by_group((k.u * k.tail[...,
+                                                 None]).to(x.dtype)), k.by_group(dyd.to(x.dtype))
             dC[:, k.span] = (dG @ k.B + dyd @ Sx).view(b, g, -1, n).transpose(1, 2)
             dB[:, k.span] = (dG.transpose(1, 2) @ k.C + left @ Rx).view(b, g, -1, n).transpose(1, 2)
 
@@ -338,16 +364,20 @@ class _ChunkedScan(torch.autograd.Function):
             du = du * k.dt[..., None]
             dx[:, k.span] = du if D is None else du.addcmul_(dyk.to(du.dtype), D[:, None])
 
-        return dx, ddt.to(dt.dtype), dA.to(A.dtype), dB, dC, dD, R.view(b, h, p, n), None, None, None
+        return dx, ddt.to(dt.dtype), dA.to(A.dtype), dB, dC, dD, R.view(b, h, p,
+                                                                        n), None, None, None
 
 
 BACKENDS = {"recurrent": ssd_recurrent, "quadratic": ssd_quadratic, "chunked": ssd_chunked}
 
 
-def ssd(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chunk_size=128, backend="auto"):
-    """The scan by the best form for the device. Arguments, results and errors as in `ssd_recurrent`.
+def ssd(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chunk_size=128,
+        backend="auto"):
+    """The scan by the best form for the device. Arguments, results and errors as in
+    `ssd_recurrent`.
 
-    backend: "auto", "chunked", "quadratic" or "recurrent"; "auto" is "chunked" until the GPU kernels are here.
+    backend: "auto", "chunked", "quadratic" or "recurrent"; "auto" is "chunked" until the GPU
+    kernels are here.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
@@ -357,9 +387,11 @@ def ssd(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chunk_size
 
 
 def ssd_step(state, x, dt, A, B, C, D=None):
-    """One token. state (b, h, p, n) is updated in place; x (b, h, p), dt (b, h), B, C (b, g, n) -> y (b, h, p).
+    """One token. state (b, h, p, n) is updated in place; x (b, h, p), dt (b, h), B, C (b, g, n) ->
+    y (b, h, p).
 
-    The same discretisation as the scan, so that decode continues a prefill exactly. O(1) in the context length.
+    The same discretisation as the scan, so that decode continues a prefill exactly. O(1) in the
+    context length.
     """
     b, h, p, n = state.shape
     g = B.shape[1]
@@ -381,10 +413,11 @@ def ssd_step(state, x, dt, A, B, C, D=None):
 def causal_conv1d(x, weight, bias, *, initial_states=None, seq_idx=None):
     """silu(depthwise causal convolution): y_t = silu(bias + sum_k weight[:, w-1-k] x_{t-k}), k < w.
 
-    x (b, t, channels), any strides; weight (channels, width); bias (channels,) or None; initial_states
-    (b, channels, width - 1): the inputs just before x, oldest first, or None for zeros; seq_idx (b, t): taps do
-    not reach into another document. Returns (y (b, t, channels) in x's dtype, final_states (b, channels,
-    width - 1), the last inputs of this call, which continue it as the next call's initial_states).
+    x (b, t, channels), any strides; weight (channels, width); bias (channels,) or None;
+    initial_states (b, channels, width - 1): the inputs just before x, oldest first, or None for
+    zeros; seq_idx (b, t): taps do not reach into another document. Returns (y (b, t, channels) in
+    x's dtype, final_states (b, channels, width - 1), the last inputs of this call, which continue
+    it as the next call's initial_states).
     """
     b, t, channels = x.shape
     width = weight.shape[1]
@@ -392,17 +425,18 @@ def causal_conv1d(x, weight, bias, *, initial_states=None, seq_idx=None):
         raise ValueError(f"weight has {weight.shape[0]} channels, x has {channels}")
     if initial_states is None:
         initial_states = x.new_zeros(b, channels, width - 1)
-    before = initial_states.to(x.dtype).transpose(1, 2)                     # (b, width - 1, channels)
+    before = initial_states.to(x.dtype).transpose(1, 2)  # (b, width - 1, channels)
     final_states = torch.cat([before, x[:, -(width - 1):]], 1)[:, -(width - 1):].transpose(1, 2)
     bias = weight.new_zeros(channels) if bias is None else bias
     return _ConvSilu.apply(x, weight, bias, before, documents(seq_idx)), final_states
 
 
 class _ConvSilu(torch.autograd.Function):
-    """Width-many multiply-adds over (t, channels), one sequence at a time so that the row stays in cache.
+    """Width-many multiply-adds over (t, channels), one sequence at a time so that the row stays in
+    cache.
 
-    torch's own depthwise conv1d needs (b, channels, t), and its backward on a CPU is eight times slower.
-    Saves the inputs alone; the sum before the SiLU is computed again.
+    torch's own depthwise conv1d needs (b, channels, t), and its backward on a CPU is eight times
+    slower. Saves the inputs alone; the sum before the SiLU is computed again.
     """
 
     @staticmethod
@@ -426,7 +460,8 @@ class _ConvSilu(torch.autograd.Function):
 
         for i in range(len(x)):
             window, masks = _window(x, before, doc, i, width)
-            dsum = torch.ops.aten.silu_backward(dy[i].to(taps.dtype), _taps(window, weight, bias, masks))
+            dsum = torch.ops.aten.silu_backward(dy[i].to(taps.dtype),
+                                                _taps(window, weight, bias, masks))
             dbias += dsum.sum(0)
             dwindow = torch.zeros_like(window)
             for k in range(width):
@@ -438,12 +473,14 @@ class _ConvSilu(torch.autograd.Function):
 
 
 def _window(x, before, doc, i, width):
-    """Row i with the inputs before it, (width - 1 + t, channels), and per tap a (t, 1) mask or None."""
+    """Row i with the inputs before it, (width - 1 + t, channels), and per tap a (t, 1) mask or
+    None.
+    """
     window = torch.cat([before[i], x[i]]).to(accumulator(x))
     if doc is None:
         return window, None
     t = x.shape[1]
-    reach = F.pad(doc[i], (width - 1, 0), value=0)                          # what came before belongs to document 0
+    reach = F.pad(doc[i], (width - 1, 0), value=0)  # what came before belongs to document 0
     return window, [(reach[k:k + t] == doc[i])[:, None] for k in range(width)]
 
 
@@ -464,10 +501,11 @@ def inverse_rms(x, eps):
 
 
 def gated_group_norm(y, z, weight, n_groups, eps):
-    """Gate, then RMSNorm each of n_groups slices, then weight: y, z (..., d) -> (..., d) in y's dtype.
+    """Gate, then RMSNorm each of n_groups slices, then weight: y, z (..., d) -> (..., d) in y's
+    dtype.
 
-    The order and the groups both matter: with one group the difference is invisible, and every Mamba-2 checkpoint
-    before Nemotron-H had one. weight (d,); eps float.
+    The order and the groups both matter: with one group the difference is invisible, and every
+    Mamba-2 checkpoint before Nemotron-H had one. weight (d,); eps float.
     """
     if y.shape[-1] % n_groups:
         raise ValueError(f"{y.shape[-1]} channels cannot form {n_groups} groups of equal size")
@@ -524,8 +562,14 @@ class _GatedGroupNorm(torch.autograd.Function):
         return dy, dz, dweight.to(weight.dtype), None, None
 
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
 class Linear(nn.Linear):
-    """nn.Linear without bias whose weight follows the input's dtype: fp32 masters, bf16 matmuls, no autocast."""
+    """nn.Linear without bias whose weight follows the input's dtype: fp32 masters, bf16 matmuls,
+    no autocast. A few fp32 rows on a CPU, which is decoding, go to oneDNN: 1.3 to 2 times as fast
+    as the library that torch asks first.
+    """
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -534,9 +578,10 @@ class Linear(nn.Linear):
         weight = self.weight
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
-        few_rows = x.dtype == torch.float32 and x.numel() <= 16 * weight.shape[1] and not torch.compiler.is_compiling()
-        if few_rows and not x.is_cuda and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
-            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")   # oneDNN, see `tune_cpu`
+        few_rows = x.numel() <= 16 * weight.shape[1] and x.dtype == torch.float32 and x.is_cpu
+        eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if few_rows and eager and ONEDNN:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return F.linear(x, weight)
 
 
@@ -553,21 +598,27 @@ class GatedGroupNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """in_proj -> [z, x, B, C, dt]; conv over [x, B, C]; scan; gated norm with z; out_proj (Mamba-2, figure 6).
+    """in_proj -> [z, x, B, C, dt]; conv over [x, B, C]; scan; gated norm with z; out_proj (Mamba-2,
+    figure 6).
 
-    d_inner = n_heads x head_dim need not be a multiple of d_model: 10240 on 4480 in the 9B. Parameter names are
-    those of the released checkpoints. A_log, D and dt_bias stay fp32 whatever the rest is.
+    d_inner = n_heads x head_dim need not be a multiple of d_model: 10240 on 4480 in the 9B.
+    Parameter names are those of the released checkpoints. A_log, D and dt_bias stay fp32 whatever
+    the rest is.
     """
 
-    def __init__(self, d_model, n_heads, head_dim, d_state, n_groups, d_conv=4, chunk_size=128, eps=1e-5):
+    def __init__(self, d_model, n_heads, head_dim, d_state, n_groups, d_conv=4, chunk_size=128,
+                 eps=1e-5):
         super().__init__()
         if n_heads % n_groups:
-            raise ValueError(f"{n_heads} Mamba heads cannot share {n_groups} groups: heads must be a multiple")
-        self.n_heads, self.head_dim, self.n_groups, self.chunk_size = n_heads, head_dim, n_groups, chunk_size
+            raise ValueError(f"{n_heads} Mamba heads cannot share {n_groups} groups: heads must "
+                             f"be a multiple")
+        self.n_heads, self.head_dim, self.n_groups = n_heads, head_dim, n_groups
+        self.chunk_size = chunk_size
         self.d_inner = n_heads * head_dim
         self.conv_dim = self.d_inner + 2 * n_groups * d_state
         self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + n_heads)
-        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim)    # holds the weights
+        # holds the weights
+        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim)
         self.dt_bias = nn.Parameter(torch.empty(n_heads))
         self.A_log = nn.Parameter(torch.empty(n_heads))
         self.D = nn.Parameter(torch.empty(n_heads))
@@ -577,14 +628,19 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_ssm_parameters(self, dt_min=1e-3, dt_max=0.1, dt_floor=1e-4, A_range=(1, 16)):
-        """dt log-uniform in [dt_min, dt_max], dt_bias its inverse softplus; A uniform in A_range; D = 1."""
-        dt = (torch.rand_like(self.dt_bias) * math.log(dt_max / dt_min) + math.log(dt_min)).exp().clamp(min=dt_floor)
+        """dt log-uniform in [dt_min, dt_max], dt_bias its inverse softplus; A uniform in A_range; D
+        = 1.
+        """
+        dt = (torch.rand_like(self.dt_bias) * math.log(dt_max / dt_min)
+              + math.log(dt_min)).exp().clamp(min=dt_floor)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.A_log.uniform_(*A_range).log_()
         self.D.fill_(1)
 
     def forward(self, x, conv_state=None, ssm_state=None, seq_idx=None):
-        """x (b, t, d) -> (b, t, d). The states, (b, conv_dim, d_conv - 1) and fp32 (b, h, p, n), go on in place."""
+        """x (b, t, d) -> (b, t, d). The states, (b, conv_dim, d_conv - 1) and fp32 (b, h, p, n), go
+        on in place.
+        """
         b, t, _ = x.shape
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.n_heads], -1)
         dt = F.softplus(dt.to(accumulator(x)) + self.dt_bias)                # (b, t, h)
@@ -598,7 +654,8 @@ class Mamba2(nn.Module):
 
         # Any number of tokens: the chunked scan, from the given state or from zeros.
         weight = self.conv1d.weight.squeeze(1)
-        xBC, conv_final = causal_conv1d(xBC, weight, self.conv1d.bias, initial_states=conv_state, seq_idx=seq_idx)
+        xBC, conv_final = causal_conv1d(xBC, weight, self.conv1d.bias, initial_states=conv_state,
+                                        seq_idx=seq_idx)
         xs, B, C = self.split_groups(xBC)
         y, ssm_final = ssd(xs, dt, A, B, C, self.D, initial_states=ssm_state, seq_idx=seq_idx,
                            chunk_size=self.chunk_size)
@@ -611,11 +668,14 @@ class Mamba2(nn.Module):
         """(..., conv_dim) -> x (..., h, p), B and C (..., g, n), as views."""
         x, B, C = xBC.split([self.d_inner] + [(self.conv_dim - self.d_inner) // 2] * 2, -1)
         groups = (self.n_groups, -1)
-        return x.unflatten(-1, (self.n_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        return x.unflatten(-1, (self.n_heads, self.head_dim)), B.unflatten(-1,
+                groups), C.unflatten(-1, groups)
 
     def conv_step(self, xBC, conv_state):
-        """One token through the convolution: xBC (b, conv_dim) -> same; conv_state shifts by one in place."""
-        last = conv_state.transpose(1, 2)                                   # (b, d_conv - 1, conv_dim)
+        """One token through the convolution: xBC (b, conv_dim) -> same; conv_state shifts by one in
+        place.
+        """
+        last = conv_state.transpose(1, 2)  # (b, d_conv - 1, conv_dim)
         window = torch.cat([last, xBC[:, None].to(last.dtype)], 1)
         last.copy_(window[:, 1:])
         taps = self.conv1d.weight.squeeze(1).t()
@@ -631,8 +691,8 @@ class Mamba2(nn.Module):
 
 
 def ssd_textbook(x, dt, A, B, C, chunk_size=128):
-    """The chunked form as the paper lists it, all chunks at once, gradients by autograd: what the hand-derived
-    backward is measured against. t must be a multiple of chunk_size."""
+    """The chunked form as the paper lists it, all chunks at once, gradients by autograd: what the
+    hand-derived backward is measured against. t must be a multiple of chunk_size."""
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     c, l, r = t // chunk_size, chunk_size, h // g
@@ -654,7 +714,9 @@ def ssd_textbook(x, dt, A, B, C, chunk_size=128):
 
 
 def random_inputs(b, t, h, p, g, n, dtype=torch.float32, device="cpu"):
-    """x, dt, A, B, C, D as a fresh layer would make them, each asking for a gradient; dt, A, D at least fp32."""
+    """x, dt, A, B, C, D as a fresh layer would make them, each asking for a gradient; dt, A, D at
+    least fp32.
+    """
     fine = torch.promote_types(dtype, torch.float32)
     x, B, C = (torch.randn(*s, dtype=dtype) for s in ((b, t, h, p), (b, t, g, n), (b, t, g, n)))
     dt = torch.empty(b, t, h, dtype=fine).uniform_(math.log(1e-3), math.log(0.1)).exp_()
@@ -669,12 +731,15 @@ def relative_error(value, truth):
 
 
 def agreement(device="cpu", shape=(2, 300, 4, 64, 2, 32)):
-    """{form: {tensor: relative error}} against ssd_recurrent in fp64 on the same rounded inputs, gradients too."""
+    """{form: {tensor: relative error}} against ssd_recurrent in fp64 on the same rounded inputs,
+    gradients too.
+    """
     b, t, h, p, g, n = shape
     names = ["y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate"]
     rows = {}
     for form, dtype in [(ssd_recurrent, torch.float32), (ssd_quadratic, torch.float32),
-                        (ssd_chunked, torch.float64), (ssd_chunked, torch.float32), (ssd_chunked, torch.bfloat16)]:
+                        (ssd_chunked, torch.float64), (ssd_chunked, torch.float32),
+                        (ssd_chunked, torch.bfloat16)]:
         inputs = random_inputs(*shape, dtype=dtype, device=device)
         inputs.append(torch.randn_like(inputs[1].new_empty(b, h, p, n)).requires_grad_())
         dy = torch.randn_like(inputs[0])
@@ -682,7 +747,8 @@ def agreement(device="cpu", shape=(2, 300, 4, 64, 2, 32)):
         for f, cast in ((form, lambda m: m), (ssd_recurrent, lambda m: m.double())):
             leaves = [cast(m.detach()).requires_grad_() for m in inputs]
             y, S = f(*leaves[:6], initial_states=leaves[6])
-            results.append([y, S, *torch.autograd.grad([y, S], leaves, [cast(dy), torch.ones_like(S)])])
+            results.append([y, S,
+                            *torch.autograd.grad([y, S], leaves, [cast(dy), torch.ones_like(S)])])
         errors = map(relative_error, *results)
         rows[f"{form.__name__[4:]} {str(dtype)[6:]}"] = dict(zip(names, errors))
     return rows
@@ -705,7 +771,9 @@ def median_seconds(f, device="cpu", repeats=5):
 
 @torch.no_grad()
 def time_against_length(lengths, device="cpu", h=8, p=64, g=2, n=64):
-    """{form: {t: seconds}} for one sequence, forward; causal attention has the same heads and head dim."""
+    """{form: {t: seconds}} for one sequence, forward; causal attention has the same heads and head
+    dim.
+    """
     def attention(x, *_):
         q = x.transpose(1, 2)
         return F.scaled_dot_product_attention(q, q, q, is_causal=True)
@@ -730,7 +798,9 @@ def fitted_slope(times):
 
 
 def backward_cost(device="cpu", shape=(4, 1024, 16, 64, 1, 128), chunks=(32, 64, 128)):
-    """{chunk: {version: (forward, forward + backward) seconds}} of the hand-derived scan and the textbook one."""
+    """{chunk: {version: (forward, forward + backward) seconds}} of the hand-derived scan and the
+    textbook one.
+    """
     table = {}
     for chunk in chunks:
         table[chunk] = {}
@@ -778,7 +848,8 @@ def main(argv=None):
         print(f"{form:20s}" + "".join(f"{e:9.1e}" for e in errors.values()))
 
     lengths = [2 ** i for i in range(7, 11 if args.quick else 15)]
-    print(f"\nforward ms on {args.device}, {torch.get_num_threads()} threads: 1 sequence, 8 heads x 64, state 64")
+    print(f"\nforward ms on {args.device}, {torch.get_num_threads()} threads: 1 sequence, 8 heads "
+          f"x 64, state 64")
     table = time_against_length(lengths, args.device)
     print(f"{'t':>10s}" + "".join(f"{t:9d}" for t in lengths))
     for form, times in table.items():
@@ -787,7 +858,8 @@ def main(argv=None):
     picture = pathlib.Path(args.out) / "ssm.png"
     plot_times(table, picture)
 
-    print("\nms of the scan alone at b 4, t 1024, h 16, p 64, n 128, one group: forward, forward + backward")
+    print("\nms of the scan alone at b 4, t 1024, h 16, p 64, n 128, one group: forward, forward "
+          "+ backward")
     cost = backward_cost(args.device, chunks=(64,) if args.quick else (32, 64, 128))
     for chunk, versions in cost.items():
         cells = (f"{name} {1e3 * f:6.1f} {1e3 * fb:6.1f}" for name, (f, fb) in versions.items())
@@ -797,7 +869,8 @@ def main(argv=None):
           f"ratio {best['textbook, autograd'] / best['by hand']:.2f}\nplot: {picture}")
 
     print(json.dumps(dict(agreement={form: max(e.values()) for form, e in rows.items()},
-                          speed={form: max(t / s for t, s in times.items()) for form, times in table.items()},
+                          speed={form: max(t / s for t, s in times.items()) for form,
+                                 times in table.items()},
                           scan_ms={name: 1e3 * s for name, s in best.items()})))
 
 

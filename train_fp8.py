@@ -1,26 +1,31 @@
 """Pre-training: the loop of the Nemotron papers, small enough for a laptop and the same on GPUs.
 
-AdamW (0.9, 0.95, weight decay 0.1), clip 1.0, a warmup-stable-decay schedule, packed windows, and a checkpoint
-that a kill at any moment cannot spoil. Sources: Nemotron-H, arXiv 2504.03624 (section 2.3) and Nemotron Nano 2,
-arXiv 2508.14444 (section 2): 8192-token sequences in batches of 6 M tokens, WSD from 4.5e-4 to 4.5e-6 with the
-decay over the last 18% of 20 T tokens. The toy keeps the shape of that and changes the numbers.
+AdamW (0.9, 0.95, weight decay 0.1), clip 1.0, a warmup-stable-decay schedule, packed windows, and a
+checkpoint that a kill at any moment cannot spoil. Sources: Nemotron-H, arXiv 2504.03624 (section
+2.3) and Nemotron Nano 2, arXiv 2508.14444 (section 2): 8192-token sequences in batches of 6 M
+tokens, WSD from 4.5e-4 to 4.5e-6 with the decay over the last 18% of 20 T tokens. The toy keeps the
+shape of that and changes the numbers.
 
-Precision, without autocast: parameters and optimizer states are fp32; the residual stream and every matmul run in
-the compute dtype (bf16 on a GPU; on a CPU whichever of bf16 and fp32 was faster in a measured step); norms,
-decays, states and the loss are fp32. --recipe is bf16 so far; the FP8 recipes are the next stage.
+Precision, without autocast: parameters and optimizer states are fp32; the residual stream and every
+matmul run in the compute dtype (bf16 on a GPU; on a CPU whichever of bf16 and fp32 was faster in a
+measured step); norms, decays, states and the loss are fp32. --recipe is bf16 so far; the FP8
+recipes are the next stage.
 
-Glossary: as in model.py. WSD: linear warmup, constant, decay to lr x min_lr by 1 - sqrt. gnorm: gradient norm
-before clipping. bpb: bits a byte, nats / ln 2 / bytes of text, comparable between tokenizers and with xz.
+Glossary: as in model.py. WSD: linear warmup, constant, decay to lr x min_lr by 1 - sqrt. gnorm:
+gradient norm before clipping. bpb: bits a byte, nats / ln 2 / bytes of text, comparable between
+tokenizers and with xz.
 
-The run folder: config.json + model.safetensors (transformers opens it as NemotronH), tokenizer.json,
-metrics.jsonl, loss.png, and train_state.pt: everything that resuming needs, in one file, renamed into place.
-Running into the same folder again continues; a folder of another run is refused unless --overwrite.
+The run folder: config.json + model.safetensors (transformers opens it as NemotronH),
+tokenizer.json, metrics.jsonl, loss.png, and train_state.pt: everything that resuming needs, in one
+file, renamed into place. Running into the same folder again continues; a folder of another run is
+refused unless --overwrite.
 
 Left out (so far): FP8, several GPUs, activation checkpointing, data phases.
 
     python train_fp8.py                     the toy on the standard library's text; 5 min on 2 cores
     python train_fp8.py --data my_texts/ --out out/mine
-    python train_fp8.py --preset small --data shards/ --steps 20000 --batch-size 64 --seq-len 2048    one GPU
+    python train_fp8.py --preset small --data shards/ --steps 20000 --batch-size 64 --seq-len 2048
+     one GPU
 """
 
 import dataclasses
@@ -48,7 +53,7 @@ class Run:
     pattern: str = ""               # another layer pattern than the preset's
     data: str = "stdlib"            # stdlib, a text file, a folder of text, or a folder of shards
     tokenizer: str = "bpe"          # bpe, bytes, a tokenizer.json, or a tiktoken name (downloads)
-    reset_documents: bool = False   # nothing crosses a document border: scan, convolution, attention
+    reset_documents: bool = False  # nothing crosses a document border: scan, convolution, attention
     recipe: str = "bf16"            # bf16 (FP8 recipes are the next stage)
     steps: int = 500                # optimizer steps
     batch_size: int = 8             # sequences a step, over all accumulation steps
@@ -68,18 +73,21 @@ class Run:
     out: str = "out/base"           # run folder
     resume: bool = False            # continue --out, and fail if there is nothing to continue
     overwrite: bool = False         # start anew in --out even if it holds another run
-    stop_after: int = 0             # leave off, resumable, after this many steps of this session; 0 = never
+    stop_after: int = 0  # leave off, resumable, after this many steps of this session; 0 = never
 
     def __post_init__(self):
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe is {self.recipe!r}, must be one of {', '.join(RECIPES)}")
         for name in ("steps", "batch_size", "grad_accum", "seq_len", "eval_every", "save_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be at least 1")
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be "
+                                 f"at least 1")
         if self.batch_size % self.grad_accum:
-            raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --grad-accum {self.grad_accum}")
+            raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --grad-accum "
+                             f"{self.grad_accum}")
         if not self.lr > 0 or not 0 <= self.warmup + self.decay <= 1:
-            raise ValueError(f"--lr {self.lr} must be positive, --warmup {self.warmup} + --decay {self.decay} "
+            raise ValueError(f"--lr {self.lr} must be positive, --warmup {self.warmup} + --decay "
+                             f"{self.decay} "
                              "at most 1")
 
 
@@ -91,7 +99,8 @@ SESSION_FLAGS = ("device", "out", "resume", "overwrite", "stop_after", "eval_eve
 
 
 def wsd(step, steps, lr, warmup=0.02, decay=0.3, min_lr=0.01):
-    """Learning rate of step 0 <= step < steps: linear warmup, constant, then down as 1 - sqrt to lr * min_lr.
+    """Learning rate of step 0 <= step < steps: linear warmup, constant, then down as 1 - sqrt to lr
+    * min_lr.
 
     warmup and decay are fractions of steps. The last step has exactly lr * min_lr.
     """
@@ -105,19 +114,25 @@ def wsd(step, steps, lr, warmup=0.02, decay=0.3, min_lr=0.01):
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW (0.9, 0.95): decay on matrices and the convolution, none on norms, biases, A_log, D, dt_bias."""
+    """AdamW (0.9, 0.95): decay on matrices and the convolution, none on norms, biases, A_log, D,
+    dt_bias.
+    """
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    groups = [dict(params=decayed, weight_decay=weight_decay),
+              dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 @torch.no_grad()
 def evaluate(model, stream, batch_size=8, seq_len=512, separator=None, limit=None, progress=False):
-    """Mean nats a token over the stream (or its first `limit` tokens), every token predicted once."""
+    """Mean nats a token over the stream (or its first `limit` tokens), every token predicted
+    once.
+    """
     device, total, count = model.lm_head.weight.device, 0.0, 0
     batches = validation_batches(stream, batch_size, seq_len, separator, limit)
-    for tokens, labels, seq_idx in tqdm(batches, "evaluating", disable=None if progress else True, leave=False):
+    for tokens, labels, seq_idx in tqdm(batches, "evaluating", disable=None if progress else True,
+                                        leave=False):
         kept = int((labels >= 0).sum())
         seq_idx = None if seq_idx is None else seq_idx.to(device)
         total += float(model.loss(tokens.to(device), labels.to(device), seq_idx)) * kept
@@ -131,11 +146,14 @@ def bits_per_byte(nats_per_token, tokens, text_bytes):
 
 
 def faster_dtype(model, tokens, labels):
-    """bf16 or fp32, whichever makes a forward and backward of this model faster here; (dtype, seconds a pass)."""
+    """bf16 or fp32, whichever makes a forward and backward of this model faster here; (dtype,
+    seconds a pass).
+    """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         model.compute_dtype = dtype
-        seconds[dtype] = median_seconds(lambda: model.loss(tokens, labels).backward(), tokens.device, repeats=3)
+        seconds[dtype] = median_seconds(lambda: model.loss(tokens, labels).backward(),
+                                        tokens.device, repeats=3)
     model.zero_grad(set_to_none=True)
     best = min(seconds, key=seconds.get)
     print(f"measured     a pass takes {1e3 * seconds[torch.float32]:.0f} ms in fp32, "
@@ -155,22 +173,27 @@ def same_run(saved, run):
 
 
 def open_folder(run):
-    """The state to continue from, or None for a fresh start. Raises FileExistsError rather than mixing two runs."""
+    """The state to continue from, or None for a fresh start. Raises FileExistsError rather than
+    mixing two runs.
+    """
     folder = pathlib.Path(run.out)
     state_file = folder / "train_state.pt"
     if state_file.exists() and not run.overwrite:
         try:
             state = torch.load(state_file, map_location="cpu", weights_only=True)
         except Exception as error:      # torch raises many kinds for a file that is not its own
-            raise ValueError(f"{state_file} cannot be read ({type(error).__name__}): move it away, or --overwrite")
+            raise ValueError(f"{state_file} cannot be read ({type(error).__name__}): move it "
+                             f"away, or --overwrite")
         difference = same_run(state["run"], run)
         if difference:
-            raise FileExistsError(f"{folder} holds another run ({difference}): choose another --out, or --overwrite")
+            raise FileExistsError(f"{folder} holds another run ({difference}): choose another "
+                                  f"--out, or --overwrite")
         return state
     if run.resume:
         raise FileNotFoundError(f"{state_file} does not exist: nothing to resume")
     if (folder / "config.json").exists() and not run.overwrite:
-        raise FileExistsError(f"{folder} holds a model that this run did not make: choose another --out, "
+        raise FileExistsError(f"{folder} holds a model that this run did not make: choose another "
+                              f"--out, "
                               "or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train_state.pt", "metrics.jsonl"):
@@ -180,8 +203,10 @@ def open_folder(run):
 
 def save_state(run, model, optimizer, batches, step, fingerprint, matmul):
     """train_state.pt: all that resuming needs, whole or not at all."""
-    state = dict(run=dataclasses.asdict(run), step=step, position=batches.position, model=model.state_dict(),
-                 optimizer=optimizer.state_dict(), fingerprint=fingerprint, rng=torch.get_rng_state(),
+    state = dict(run=dataclasses.asdict(run), step=step, position=batches.position,
+                 model=model.state_dict(),
+                 optimizer=optimizer.state_dict(), fingerprint=fingerprint,
+                 rng=torch.get_rng_state(),
                  compute_dtype=str(model.compute_dtype)[6:], matmul=matmul)
     replace_file(pathlib.Path(run.out) / "train_state.pt", lambda path: torch.save(state, path))
 
@@ -193,9 +218,13 @@ class Metrics:
         kept = []
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        replace_file(path, lambda temporary: pathlib.Path(temporary).write_text("".join(kept), encoding="utf-8"))
-        self.rows, self.file = [json.loads(line) for line in kept], open(path, "a", encoding="utf-8")
+            kept = [line for line in lines if line.endswith("\n")
+                    and json.loads(line)["step"] <= step]
+        replace_file(path,
+                     lambda temporary: pathlib.Path(temporary).write_text("".join(kept),
+                                                                          encoding="utf-8"))
+        self.rows, self.file = [json.loads(line) for line in kept], open(path, "a",
+                                                                         encoding="utf-8")
 
     def write(self, **row):
         self.rows.append(row)
@@ -205,7 +234,8 @@ class Metrics:
 
 def last_row(run):
     """The last line of metrics.jsonl; it has the key "final" once the run has reported."""
-    return json.loads((pathlib.Path(run.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    text = (pathlib.Path(run.out) / "metrics.jsonl").read_text(encoding="utf-8")
+    return json.loads(text.splitlines()[-1])
 
 
 class StopRequest:
@@ -229,10 +259,13 @@ class StopRequest:
 
 
 def train_step(model, optimizer, batches, run, lr, device):
-    """One optimizer step: accumulate, clip, update. Returns the mean loss and the gradient norm, as floats."""
+    """One optimizer step: accumulate, clip, update. Returns the mean loss and the gradient norm, as
+    floats.
+    """
     total = 0.0
     for _ in range(run.grad_accum):
-        tokens, labels, seq_idx = (None if m is None else m.to(device, non_blocking=True) for m in batches.next())
+        tokens, labels, seq_idx = (None if m is None else m.to(device, non_blocking=True)
+                                   for m in batches.next())
         loss = model.loss(tokens, labels, seq_idx) / run.grad_accum
         loss.backward()
         total += loss.detach()
@@ -245,10 +278,11 @@ def train_step(model, optimizer, batches, run, lr, device):
 
 
 def train(run, model, token_data, state=None, matmul=None):
-    """Train model on token_data as run says, from state if given. Returns (finished, rows of metrics.jsonl).
+    """Train model on token_data as run says, from state if given. Returns (finished, rows of
+    metrics.jsonl).
 
-    Writes train_state.pt every save_every steps, on Ctrl-C and at the end, so that stopping loses nothing and
-    N + N steps equal 2N bit for bit on a CPU.
+    Writes train_state.pt every save_every steps, on Ctrl-C and at the end, so that stopping loses
+    nothing and N + N steps equal 2N bit for bit on a CPU.
     """
     folder, device = pathlib.Path(run.out), model.lm_head.weight.device
     separator = token_data.separator if run.reset_documents else None
@@ -265,18 +299,22 @@ def train(run, model, token_data, state=None, matmul=None):
     metrics, step = Metrics(folder / "metrics.jsonl", first), first
     tokens_a_step = run.batch_size * run.seq_len
 
-    with StopRequest() as stop, tqdm(total=run.steps, initial=first, unit="step", disable=None) as bar:
+    with StopRequest() as stop, tqdm(total=run.steps, initial=first, unit="step",
+                                     disable=None) as bar:
         while step < last and not stop.asked:
             start = time.perf_counter()
             lr = wsd(step, run.steps, run.lr, run.warmup, run.decay, run.min_lr)
             loss, gnorm = train_step(model, optimizer, batches, run, lr, device)
             seconds, step = time.perf_counter() - start, step + 1
             if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {step}: lower --lr (it was {run.lr:g}); "
+                raise ValueError(f"the loss is {loss} at step {step}: lower --lr (it was "
+                                 f"{run.lr:g}); "
                                  f"{folder} keeps the last checkpoint")
-            row = dict(step=step, loss=loss, gnorm=gnorm, lr=lr, ms=1e3 * seconds, tokens=step * tokens_a_step)
+            row = dict(step=step, loss=loss, gnorm=gnorm, lr=lr, ms=1e3 * seconds,
+                       tokens=step * tokens_a_step)
             if step % run.eval_every == 0 and step < run.steps:
-                row["val_loss"] = evaluate(model, token_data.validation, run.batch_size, run.seq_len, separator,
+                row["val_loss"] = evaluate(model, token_data.validation, run.batch_size,
+                                           run.seq_len, separator,
                                            limit=8 * tokens_a_step)
             metrics.write(**row)
             bar.update()
@@ -289,7 +327,8 @@ def train(run, model, token_data, state=None, matmul=None):
 def log_line(row, steps, tokens_a_step):
     rate = tokens_a_step / row["ms"]
     validation = f" | val {row['val_loss']:.3f}" if "val_loss" in row else ""
-    return (f"step {row['step']:{len(str(steps))}d}/{steps} | loss {row['loss']:.3f} | gnorm {row['gnorm']:.2f} | "
+    return (f"step {row['step']:{len(str(steps))}d}/{steps} | loss {row['loss']:.3f} | gnorm "
+            f"{row['gnorm']:.2f} | "
             f"lr {row['lr']:.1e} | {row['ms']:.0f} ms | {rate:.1f}k tok/s{validation}")
 
 
@@ -308,7 +347,8 @@ def plot_loss(rows, val_loss, val_bpb, xz, path):
     seen = [(row["tokens"] / 1e6, row["val_loss"]) for row in rows if "val_loss" in row]
     axis.plot(*zip(*seen, (tokens[-1], val_loss)), "o-", color="#c44e52", label="validation")
     against = "" if xz is None else f", xz -9e needs {xz:.2f}"
-    axis.set(ylabel="loss [nats a token]", ylim=(min(val_loss, smooth[-1]) - 0.2, min(6, rows[0]["loss"])),
+    axis.set(ylabel="loss [nats a token]",
+             ylim=(min(val_loss, smooth[-1]) - 0.2, min(6, rows[0]["loss"])),
              title=f"Validation ends at {val_bpb:.3f} bits a byte{against}")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -327,12 +367,16 @@ def announce(run, config, token_data, device):
     tokens = run.steps * run.batch_size * run.seq_len
     flops = 3 * sum(config.flops_by_part(run.seq_len).values())
     corpus = token_data.fingerprint
-    print(f"model        {config.pattern}: {config.n_params() / 1e6:.2f} M parameters, d_model {config.d_model}, "
+    print(f"model        {config.pattern}: {config.n_params() / 1e6:.2f} M parameters, d_model "
+          f"{config.d_model}, "
           f"vocabulary {config.vocab_size}")
-    print(f"corpus       {corpus['source']}: {corpus['bytes'] / 1e6:.2f} MB, {len(token_data.train) / 1e6:.2f} M "
+    print(f"corpus       {corpus['source']}: {corpus['bytes'] / 1e6:.2f} MB, "
+          f"{len(token_data.train) / 1e6:.2f} M "
           f"training tokens, sha256 {corpus['sha256'][:12]}")
-    print(f"run          {run.steps} steps x {run.batch_size} x {run.seq_len} = {tokens / 1e6:.2f} M tokens "
-          f"({tokens / len(token_data.train):.1f} epochs), {flops * tokens / 1e15:.2f} PFLOP, on {device}")
+    print(f"run          {run.steps} steps x {run.batch_size} x {run.seq_len} = "
+          f"{tokens / 1e6:.2f} M tokens "
+          f"({tokens / len(token_data.train):.1f} epochs), {flops * tokens / 1e15:.2f} PFLOP, on "
+          f"{device}")
 
 
 def body(run):
@@ -347,10 +391,13 @@ def body(run):
     token_data = load_data(run.data, run.tokenizer, config.vocab_size)
     if state is not None and state["fingerprint"] != token_data.fingerprint:
         raise ValueError(f"the corpus has changed since {folder} was begun (sha256 "
-                         f"{state['fingerprint']['sha256'][:12]}, now {token_data.fingerprint['sha256'][:12]})")
-    config = dataclasses.replace(config, vocab_size=token_data.vocab_size, bos_token_id=token_data.separator)
+                         f"{state['fingerprint']['sha256'][:12]}, now "
+                         f"{token_data.fingerprint['sha256'][:12]})")
+    config = dataclasses.replace(config, vocab_size=token_data.vocab_size,
+                                 bos_token_id=token_data.separator)
     replace_file(folder / "tokenizer.json",
-                 lambda path: pathlib.Path(path).write_text(token_data.tokenizer_json, encoding="utf-8"))
+                 lambda path: pathlib.Path(path).write_text(token_data.tokenizer_json,
+                                                            encoding="utf-8"))
 
     torch.manual_seed(run.seed)
     model = HybridLM(config).to(device)
@@ -365,13 +412,15 @@ def body(run):
     elif run.compute_dtype != "auto" or device != "cpu":
         model.compute_dtype = pick_dtype(run.compute_dtype) or torch.bfloat16
     else:
-        trial = Batches(token_data.train, max(1, run.batch_size // run.grad_accum), run.seq_len, run.seed).next()
+        trial = Batches(token_data.train, max(1, run.batch_size // run.grad_accum), run.seq_len,
+                        run.seed).next()
         model.compute_dtype = faster_dtype(model, *trial[:2])
 
     finished, rows = train(run, model, token_data, state, matmul)
     save_hf(model, folder)
     if not finished:
-        print(f"stopped at step {rows[-1]['step'] if rows else 0} of {run.steps}, saved; the same command continues")
+        print(f"stopped at step {rows[-1]['step'] if rows else 0} of {run.steps}, saved; the same "
+              f"command continues")
         return dict(recipe=run.recipe, step=rows[-1]["step"] if rows else 0, out=run.out)
     result = report(run, model, token_data, rows, start, generate)
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -389,14 +438,17 @@ def report(run, model, token_data, rows, start, generate):
     picture = pathlib.Path(run.out) / "loss.png"
     plot_loss(rows, val_loss, val_bpb, xz, picture)
     against = "" if xz is None else f"; xz -9e needs {xz:.3f} on the same text"
-    print(f"\nvalidation   {val_loss:.4f} nats a token, {val_bpb:.4f} bits a byte{against}\nplot         {picture}")
+    print(f"\nvalidation   {val_loss:.4f} nats a token, {val_bpb:.4f} bits a byte{against}\nplot  "
+          f"       {picture}")
     model.eval()
     print("sample")
     prompt = "def read_"
-    print(prompt + "".join(generate(model, token_data.encoding, prompt, 120, temperature=0.7, seed=run.seed)))
+    print(prompt + "".join(generate(model, token_data.encoding, prompt, 120, temperature=0.7,
+                                    seed=run.seed)))
     seconds = sum(row["ms"] for row in rows) / 1e3
     tokens = rows[-1]["tokens"]
-    return dict(recipe=run.recipe, val_loss=val_loss, val_bpb=val_bpb, xz_bpb=xz, tokens=tokens, seconds=seconds,
+    return dict(recipe=run.recipe, val_loss=val_loss, val_bpb=val_bpb, xz_bpb=xz, tokens=tokens,
+                seconds=seconds,
                 tokens_per_s=tokens / seconds, compute_dtype=str(model.compute_dtype)[6:],
                 wall_seconds=time.perf_counter() - start, out=run.out)
 

@@ -4,7 +4,8 @@ import os
 import pathlib
 import sys
 
-os.environ["OMP_NUM_THREADS"] = "1"     # tensors are tiny, and two processes must not fight over the cores
+# tensors are tiny, and two processes must not fight over the cores
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
@@ -24,7 +25,9 @@ def seed():
 
 @pytest.fixture
 def fails(capsys):
-    """fails(main, argv) -> the one line of an error that exits with 2; asserts that it is one line."""
+    """fails(main, argv) -> the one line of an error that exits with 2; asserts that it is one
+    line.
+    """
     def run(main, argv):
         with pytest.raises(SystemExit) as stop:
             main(argv)
@@ -39,5 +42,6 @@ def assert_close(values, truths, names, tolerance):
     """Relative RMS error of each value by name; the message lists every one above the tolerance."""
     from ssm import relative_error
     errors = {name: relative_error(v, t) for name, v, t in zip(names, values, truths, strict=True)}
-    bad = [f"{name}  rel {e:.1e} > {tolerance:.0e}" for name, e in errors.items() if not e <= tolerance]
+    bad = [f"{name}  rel {e:.1e} > {tolerance:.0e}" for name,
+           e in errors.items() if not e <= tolerance]
     assert not bad, "; ".join(bad)

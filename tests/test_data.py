@@ -1,4 +1,6 @@
-"""Text goes in whole, comes out in a reproducible order, and every tokenizer is one file with one set of ids."""
+"""Text goes in whole, comes out in a reproducible order, and every tokenizer is one file with one
+set of ids.
+"""
 
 import dataclasses
 import hashlib
@@ -10,12 +12,16 @@ import pytest
 import torch
 
 import data
-from data import (PATTERN, Batches, TokenStream, bpe_json, encoding_from_json, halves, load_data, make_tokenizer,
-                  parse_flags, separator_id, split_documents, stdlib_documents, train_bpe, validation_batches,
+from data import (PATTERN, Batches, TokenStream, bpe_json, encoding_from_json, halves, load_data,
+                  make_tokenizer,
+                  parse_flags, separator_id, split_documents, stdlib_documents, train_bpe,
+                  validation_batches,
                   write_shards, xz_bits_per_byte)
 
-SAMPLES = ["def f(x):\n    return x ** 2  # café\n", "", " ", "\n\n\n", "naïve 日本語 🙂👩‍👩‍👧 end", "\t\r\n mixed \x00\x7f",
-           "a" * 300, "1234567 3.14e-10", "don't WON'T it's", "    " * 5 + "deep", "\u2028 odd \u00a0 spaces"]
+SAMPLES = ["def f(x):\n    return x ** 2  # café\n", "", " ", "\n\n\n", "naïve 日本語 🙂👩‍👩‍👧 end",
+           "\t\r\n mixed \x00\x7f",
+           "a" * 300, "1234567 3.14e-10", "don't WON'T it's", "    " * 5 + "deep",
+           "\u2028 odd \u00a0 spaces"]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +42,17 @@ def test_default_corpus_is_the_standard_library_without_tests_and_tables(corpus)
     names = [name for name, _ in corpus]
     assert len(names) == len(set(names)) > 350 and 5e6 < sum(len(text) for _, text in corpus) < 2e7
     assert "json/decoder.py" in names and "pydoc_data/topics/for" in names
-    assert not [name for name in names if "/test/" in name or name.startswith(("encodings/", "idlelib/", "lib2to3/"))]
+    assert not [name for name in names if "/test/" in name
+                or name.startswith(("encodings/", "idlelib/", "lib2to3/"))]
 
 
 def test_split_is_by_path_and_does_not_depend_on_order(corpus):
     train, validation = split_documents(corpus)
     assert split_documents(corpus[::-1]) == (train, validation)
-    assert len(train) + len(validation) == len(corpus) and 0.02 < len(validation) / len(corpus) < 0.1
-    held_out = [text for name, text in sorted(corpus) if hashlib.sha256(name.encode()).digest()[0] % 20 == 0]
+    assert len(train) + len(validation) == len(corpus)
+    assert 0.02 < len(validation) / len(corpus) < 0.1
+    held_out = [text for name,
+                text in sorted(corpus) if hashlib.sha256(name.encode()).digest()[0] % 20 == 0]
     assert validation == held_out
 
 
@@ -57,7 +66,8 @@ def test_fingerprint_changes_with_any_byte(corpus):
     name, text = corpus[3]
     assert data.fingerprint("stdlib", corpus[::-1]) == first
     for changed in ((name, text + " "), (name + "x", text)):
-        assert data.fingerprint("stdlib", [*corpus[:3], changed, *corpus[4:]])["sha256"] != first["sha256"]
+        assert data.fingerprint("stdlib",
+                                [*corpus[:3], changed, *corpus[4:]])["sha256"] != first["sha256"]
 
 
 def test_xz_figure_is_that_of_the_xz_format():
@@ -71,7 +81,8 @@ def test_user_text_of_every_kind(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_text("alpha", encoding="utf-8")
     (tmp_path / "sub" / "b.md").write_text("# beta", encoding="utf-8")
-    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n', encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n',
+                                      encoding="utf-8")
     (tmp_path / "ignored.bin").write_bytes(b"\xff\x00")
     assert [text for _, text in data.user_documents(tmp_path)] == ["alpha", "one", "two", "# beta"]
     assert [text for _, text in data.user_documents(tmp_path / "c.jsonl")] == ["one", "two"]
@@ -80,8 +91,8 @@ def test_user_text_of_every_kind(tmp_path):
 @pytest.mark.parametrize("name, content, words", [
     (None, None, "does not exist"), ("a.txt", b"", "has no text"), ("a.txt", b" \n", "has no text"),
     ("a.txt", b"\x89PNG\r\n\x1a\n\xff", "is not UTF-8 text"), ("a.txt", b"ab\x00cd", "is binary"),
-    ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2 is not a JSON object"),
-    ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"), ("a.jsonl", b"nope\n", "line 1 is not")])
+    ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2 is not an object with a text key"),
+    ("a.jsonl", b"[1]\n", "line 1 is not an object"), ("a.jsonl", b"nope\n", "line 1 is not")])
 def test_text_that_cannot_be_read_is_named_in_one_line(tmp_path, fails, name, content, words):
     path = tmp_path / (name or "missing")
     if name:
@@ -98,7 +109,9 @@ def test_an_empty_folder_is_named(tmp_path, fails):
 
 
 def test_tiktoken_gives_the_ids_of_tokenizers_and_decodes_back(tokenizer_json, corpus):
-    """One tokenizer.json, two libraries: the same ids on real and on hostile text, and bytes come back."""
+    """One tokenizer.json, two libraries: the same ids on real and on hostile text, and bytes come
+    back.
+    """
     from tokenizers import Tokenizer
     theirs, ours = Tokenizer.from_str(tokenizer_json), encoding_from_json(tokenizer_json)
     assert ours.n_vocab == theirs.get_vocab_size() == 1000
@@ -120,7 +133,8 @@ def test_ids_may_start_anywhere_as_nemotrons_do(tokenizer_json):
     from tokenizers import Tokenizer
     spec = json.loads(tokenizer_json)
     special = {token["content"] for token in spec["added_tokens"]}
-    spec["model"]["vocab"] = {k: v if k in special else v + 1000 for k, v in spec["model"]["vocab"].items()}
+    spec["model"]["vocab"] = {k: v if k in special else v + 1000 for k,
+                              v in spec["model"]["vocab"].items()}
     text = json.dumps(spec)
     theirs, ours = Tokenizer.from_str(text), encoding_from_json(text)
     for sample in SAMPLES:
@@ -132,7 +146,8 @@ def test_gpt2_style_tokenizer_without_split_loads(corpus):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"],
+                                  show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     theirs.train_from_iterator([text for _, text in corpus[:30]], trainer)
     ours = encoding_from_json(theirs.to_str())
@@ -149,7 +164,8 @@ def test_a_tiktoken_encoding_becomes_a_tokenizer_json_with_its_ids(tokenizer_jso
     again, theirs = encoding_from_json(text), Tokenizer.from_str(text)
     for sample in SAMPLES:
         ids = first.encode_ordinary(sample)
-        assert again.encode_ordinary(sample) == ids == theirs.encode(sample, add_special_tokens=False).ids
+        assert again.encode_ordinary(sample) == ids == theirs.encode(sample,
+                                                                     add_special_tokens=False).ids
     assert halves(b"abc", 9, {b"a": 0, b"b": 1, b"c": 2, b"bc": 5}) == [b"a", b"bc"]
     with pytest.raises(ValueError, match="cannot be built"):
         halves(b"abc", 9, {b"a": 0, b"b": 1, b"c": 2})
@@ -173,7 +189,8 @@ def test_tokenizers_of_another_kind_are_named(tokenizer_json, change, words):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--tokenizer", "gtp2"], "is not bpe, bytes, a .json file"), (["--tokenizer", "no.json"], "does not exist"),
+    (["--tokenizer", "gtp2"], "is not bpe, bytes, a .json file"),
+                                         (["--tokenizer", "no.json"], "does not exist"),
     (["--vocab-size", "100"], "at least 300"), (["--vocab-size", "many"], "invalid int value")])
 def test_tokenizer_flags_that_cannot_be_are_named(fails, tmp_path, argv, words):
     (tmp_path / "a.txt").write_text("some text")
@@ -203,10 +220,12 @@ def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order():
     n = batches.windows
     for epoch in (0, 1):
         starts = [batches.start_of(epoch * n + i) for i in range(n)]
-        assert len({start // 10 for start in starts}) == n and len({start % 10 for start in starts}) == 1
+        assert len({start // 10 for start in starts}) == n and len({start % 10
+                                                                    for start in starts}) == 1
         assert max(starts) + 10 < 1000
     assert [batches.start_of(i) for i in range(n)] != [batches.start_of(n + i) for i in range(n)]
-    assert [batches.start_of(i) for i in range(n)] != [Batches(stream(), 1, 10, seed=4).start_of(i) for i in range(n)]
+    assert [batches.start_of(i) for i in range(n)] != [Batches(stream(), 1, 10, seed=4).start_of(i)
+                                                       for i in range(n)]
 
 
 def test_labels_are_the_next_tokens_and_position_is_the_whole_state():
@@ -231,12 +250,14 @@ def test_validation_predicts_every_token_once():
         assert (labels[kept] == tokens[kept] + 1).all()
         seen += labels[kept].tolist()
     assert seen == list(range(1, 103))
-    limited = [labels[labels >= 0] for _, labels, _ in validation_batches(stream(103, (103,)), 4, 10, limit=25)]
+    limited = [labels[labels >= 0] for _, labels,
+               _ in validation_batches(stream(103, (103,)), 4, 10, limit=25)]
     assert torch.cat(limited).tolist() == list(range(1, 26))
 
 
 def test_text_too_short_for_two_windows_is_named():
-    with pytest.raises(ValueError, match="100 tokens of training text do not fill two windows of 64"):
+    with pytest.raises(ValueError,
+                       match="100 tokens of training text do not fill two windows of 64"):
         Batches(stream(100, (100,)), 1, 64)
 
 
@@ -284,7 +305,8 @@ def test_flags_come_from_the_dataclass(capsys):
 
 def test_script_prints_statistics_and_one_json_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some words and some more words\n" * 300)
-    data.main(["--data", str(tmp_path / "a.txt"), "--vocab-size", "320", "--write-shards", str(tmp_path / "s")])
+    data.main(["--data", str(tmp_path / "a.txt"), "--vocab-size", "320", "--write-shards",
+               str(tmp_path / "s")])
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert result["documents"] == 1 and result["bytes"] == 31 * 300 and result["xz_bpb"] > 0

@@ -24,8 +24,10 @@ def run_folder(tmp_path_factory, tokenizer_json):
     """A random model with a real tokenizer, as training would leave it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
-    save_hf(HybridLM(HybridConfig(pattern="M*-", d_model=32, mlp_dim=64, vocab_size=400, n_heads=2, n_kv_heads=1,
-                                  head_dim=16, mamba_heads=4, mamba_head_dim=8, d_state=16)), folder)
+    save_hf(HybridLM(HybridConfig(pattern="M*-", d_model=32, mlp_dim=64, vocab_size=400, n_heads=2,
+                                  n_kv_heads=1,
+                                  head_dim=16, mamba_heads=4, mamba_head_dim=8, d_state=16)),
+            folder)
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     return folder
 
@@ -36,12 +38,15 @@ def loaded(run_folder):
 
 
 class Scripted(torch.nn.Module):
-    """A model that says the given tokens, whatever it is fed: greedy decoding shows what the stream does."""
+    """A model that says the given tokens, whatever it is fed: greedy decoding shows what the stream
+    does.
+    """
 
     def __init__(self, ids, n_vocab, folder):
         super().__init__()
         self.model, _ = load_run(folder)
-        self.backbone, self.config, self.ids, self.n_vocab = self.model.backbone, self.model.config, ids, n_vocab
+        self.backbone, self.config = self.model.backbone, self.model.config
+        self.ids, self.n_vocab = ids, n_vocab
         self.said = 0
 
     def init_cache(self, batch, max_len):
@@ -78,7 +83,8 @@ def test_greedy_text_is_the_argmax_of_the_whole_model(loaded):
         with torch.no_grad():
             ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
     text = "".join(generate(model, encoding, "def f", max_tokens=12, temperature=0))
-    expected = encoding.decode_bytes(ids[1 + len(encoding.encode_ordinary("def f")):]).decode("utf-8", "replace")
+    expected = encoding.decode_bytes(ids[1
+            + len(encoding.encode_ordinary("def f")):]).decode("utf-8", "replace")
     assert text == expected
 
 
@@ -90,19 +96,23 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(loaded):
 def test_sampling_follows_the_distribution_and_its_filters():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, -1)
     generator = torch.Generator().manual_seed(0)
-    frequency = lambda **k: torch.bincount(sample(logits, generator=generator, **k), minlength=4) / 20000
+    frequency = lambda **k: torch.bincount(sample(logits, generator=generator, **k),
+                                           minlength=4) / 20000
     p = logits[0].softmax(0)                                            # 0.644 0.237 0.087 0.032
     assert torch.allclose(frequency(), p, atol=0.02)
     assert torch.allclose(frequency(temperature=2.0), (logits[0] / 2).softmax(0), atol=0.02)
-    assert torch.allclose(frequency(top_k=2), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]), atol=0.02)
-    assert torch.allclose(frequency(top_p=0.7), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]), atol=0.02)
+    assert torch.allclose(frequency(top_k=2), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]),
+                          atol=0.02)
+    assert torch.allclose(frequency(top_p=0.7), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]),
+                          atol=0.02)
     assert (frequency(top_p=0.6)[0] == 1) and (frequency(top_k=1)[0] == 1)
     assert (sample(logits, temperature=0) == 0).all()
 
 
 def test_top_p_keeps_the_token_that_crosses_the_threshold_whatever_the_order():
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.35]]))
-    drawn = {sample(logits, top_p=0.8, generator=torch.Generator().manual_seed(i)).item() for i in range(200)}
+    drawn = {sample(logits, top_p=0.8, generator=torch.Generator().manual_seed(i)).item()
+             for i in range(200)}
     assert drawn == {1, 3}
 
 
@@ -110,7 +120,8 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold_whatever_the_order():
 # The stream
 
 
-@pytest.mark.parametrize("text", ["plain ascii", "naïve café", "日本語のテキスト", "🙂👩‍👩‍👧 flags 🇯🇵"])
+@pytest.mark.parametrize("text", ["plain ascii", "naïve café", "日本語のテキスト",
+                                  "🙂👩‍👩‍👧 flags 🇯🇵"])
 def test_streamed_text_is_complete_at_every_piece(text):
     """Fed byte by byte, no piece ever holds half a character, and together they are the text."""
     stream, pieces = TextStream(), []
@@ -141,10 +152,12 @@ def test_what_only_looks_like_a_stop_is_shown():
 def test_generation_stops_at_strings_separator_and_limits(run_folder, tokenizer_json):
     encoding = encoding_from_json(tokenizer_json)
     ids = encoding.encode_ordinary("return x\nEND and more")
-    say = lambda ids, **k: "".join(generate(Scripted(ids, 400, run_folder), encoding, "p", temperature=0, **k))
+    say = lambda ids, **k: "".join(generate(Scripted(ids, 400, run_folder), encoding, "p",
+                                            temperature=0, **k))
     assert say(ids, max_tokens=len(ids)) == "return x\nEND and more"
     assert say(ids, max_tokens=50, stop=["END"]) == "return x\n"
-    assert say([*ids, encoding.encode_single_token("<|bos|>")], max_tokens=50) == "return x\nEND and more"
+    assert say([*ids, encoding.encode_single_token("<|bos|>")],
+               max_tokens=50) == "return x\nEND and more"
     assert encoding.encode_ordinary(say(ids, max_tokens=3)) == ids[:3]
 
 
@@ -161,7 +174,8 @@ def test_streamed_emoji_split_over_tokens_are_whole(run_folder):
 
 
 def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
-    infer.main(["--checkpoint", str(run_folder), "--prompt", "def f", "--tokens", "9", "--device", "cpu"])
+    infer.main(["--checkpoint", str(run_folder), "--prompt", "def f", "--tokens", "9", "--device",
+                "cpu"])
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert set(result) == {"tokens_per_s", "prefill_tokens_per_s", "peak_bytes", "text"}
@@ -170,11 +184,14 @@ def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--tokens", "0"], "--tokens is 0"), (["--temperature", "-1"], "temperature is -1.0"),
-    (["--top-p", "0"], "top-p is 0.0"), (["--top-k", "-3"], "top-k is -3"), (["--dtype", "fp4"], "--dtype is 'fp4'"),
-    (["--context", "3"], "tokens, the cache holds 3"), (["--checkpoint", "/nowhere"], "has no config.json"),
+    (["--top-p", "0"], "top-p is 0.0"), (["--top-k", "-3"], "top-k is -3"),
+                                          (["--dtype", "fp4"], "--dtype is 'fp4'"),
+    (["--context", "3"], "tokens, the cache holds 3"),
+                                          (["--checkpoint", "/nowhere"], "has no config.json"),
     (["--device", "abacus"], "--device abacus")])
 def test_bad_flags_are_one_line(fails, run_folder, flags, words):
-    argv = ["--checkpoint", str(run_folder), "--device", "cpu", "--prompt", "a longer prompt than three", *flags]
+    argv = ["--checkpoint", str(run_folder), "--device", "cpu", "--prompt",
+            "a longer prompt than three", *flags]
     assert words in fails(infer.main, argv)
 
 
@@ -182,4 +199,5 @@ def test_a_tokenizer_of_another_model_is_named(fails, run_folder, tmp_path, toke
     save_hf(HybridLM(HybridConfig(pattern="-", d_model=16, vocab_size=300)), tmp_path)
     assert "has no tokenizer.json" in fails(infer.main, ["--checkpoint", str(tmp_path)])
     (tmp_path / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    assert "the tokenizer has 400 entries, the model 300" in fails(infer.main, ["--checkpoint", str(tmp_path)])
+    assert "the tokenizer has 400 entries, the model 300" in fails(infer.main,
+                                                                   ["--checkpoint", str(tmp_path)])

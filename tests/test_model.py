@@ -12,15 +12,20 @@ import torch.nn.functional as F
 from conftest import ROOT, assert_close
 
 import model as model_file
-from model import (PRESETS, HybridConfig, HybridLM, RMSNorm, bench, config_from_hf, config_to_hf, cross_entropy,
+from model import (PRESETS, HybridConfig, HybridLM, RMSNorm, bench, config_from_hf, config_to_hf,
+                   cross_entropy,
                    load_hf, rotate, save_hf)
 
-TINY = dict(pattern="M-M*-", vocab_size=61, d_model=24, mlp_dim=40, n_heads=6, n_kv_heads=2, head_dim=10,
+TINY = dict(pattern="M-M*-", vocab_size=61, d_model=24, mlp_dim=40, n_heads=6, n_kv_heads=2,
+            head_dim=10,
             mamba_heads=4, mamba_head_dim=9, n_groups=2, d_state=7, chunk_size=8)
 COUNTS = {"nemotron-nano-12b-v2": 12_310_001_152, "nemotron-nano-9b-v2": 8_888_227_328,
-          "nemotron-h-8b": 8_100_852_736, "nemotron-h-47b": 46_791_554_816, "nemotron-h-56b": 56_324_350_464}
-LAYERS = {"nemotron-nano-12b-v2": (28, 6, 28), "nemotron-nano-9b-v2": (27, 4, 25), "nemotron-h-8b": (24, 4, 24),
-          "nemotron-h-4b": (24, 4, 24), "nemotron-h-47b": (45, 5, 48), "nemotron-h-56b": (54, 10, 54)}
+          "nemotron-h-8b": 8_100_852_736, "nemotron-h-47b": 46_791_554_816,
+          "nemotron-h-56b": 56_324_350_464}
+LAYERS = {"nemotron-nano-12b-v2": (28, 6, 28), "nemotron-nano-9b-v2": (27, 4, 25),
+          "nemotron-h-8b": (24, 4, 24),
+          "nemotron-h-4b": (24, 4, 24), "nemotron-h-47b": (45, 5, 48),
+          "nemotron-h-56b": (54, 10, 54)}
 
 
 def tiny(dtype=torch.float64, **changes):
@@ -59,7 +64,9 @@ def test_released_patterns_have_the_released_layers(name):
 
 
 def test_baselines_have_the_compared_models_sizes():
-    """Qwen3-8B has 8,190,735,360 parameters, 36 x 256 of them query and key norms that the shape leaves out."""
+    """Qwen3-8B has 8,190,735,360 parameters, 36 x 256 of them query and key norms that the shape
+    leaves out.
+    """
     qwen = HybridConfig.preset("qwen3-8b-shape")
     assert qwen.n_params() == 8_190_735_360 - 36 * 256
     assert qwen.cache_bytes(1, 1)["kv"] == 144 * 2 ** 10 and qwen.rope_theta
@@ -74,7 +81,9 @@ def test_bytes_of_the_9b_are_the_published_ones():
 
 
 def test_flops_are_those_of_the_matmuls():
-    """torch's own counter on a real forward; the scan and attention's triangle are counted by formula."""
+    """torch's own counter on a real forward; the scan and attention's triangle are counted by
+    formula.
+    """
     from torch.utils.flop_counter import FlopCounterMode
     config = HybridConfig(**{**TINY, "pattern": "-M-"})
     model, t = HybridLM(config), 32
@@ -85,7 +94,8 @@ def test_flops_are_those_of_the_matmuls():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(pattern="M-ME-"), "has experts"), (dict(pattern="M-X"), "must be letters of M"),
-    (dict(pattern=""), "must be letters"), (dict(mamba_heads=3), "mamba_heads 3 must be a multiple of n_groups 2"),
+    (dict(pattern=""), "must be letters"),
+        (dict(mamba_heads=3), "mamba_heads 3 must be a multiple of n_groups 2"),
     (dict(n_heads=3), "n_heads 3 must be a multiple"), (dict(d_model=0), "d_model is 0"),
     (dict(d_state=2.5), "d_state is 2.5")])
 def test_configurations_that_cannot_be_are_refused(changes, words):
@@ -128,16 +138,20 @@ def test_rmsnorm_is_its_formula():
 
 @pytest.mark.parametrize("block", [4, 7, 100])
 def test_cross_entropy_in_blocks_equals_torch(block):
-    h, weight = torch.randn(21, 8).double().requires_grad_(), torch.randn(13, 8).double().requires_grad_()
+    h, weight = torch.randn(21, 8).double().requires_grad_(), torch.randn(13,
+            8).double().requires_grad_()
     labels = torch.randint(0, 13, (21,))
     labels[::5] = -100
     loss, truth = cross_entropy(h, weight, labels, block), F.cross_entropy(h @ weight.t(), labels)
     assert_close([loss, *torch.autograd.grad(3 * loss, [h, weight])],
-                 [truth, *torch.autograd.grad(3 * truth, [h, weight])], ["loss", "dh", "dweight"], 1e-12)
+                 [truth, *torch.autograd.grad(3 * truth, [h, weight])], ["loss", "dh", "dweight"],
+                 1e-12)
 
 
 def test_model_gradients_equal_those_of_plain_torch_operations():
-    """loss() with all its hand-written backwards against cross_entropy of the logits by autograd alone."""
+    """loss() with all its hand-written backwards against cross_entropy of the logits by autograd
+    alone.
+    """
     model = tiny()
     tokens, labels = torch.randint(0, 61, (2, 19)), torch.randint(0, 61, (2, 19))
     mine = torch.autograd.grad(model.loss(tokens, labels), model.parameters())
@@ -146,7 +160,8 @@ def test_model_gradients_equal_those_of_plain_torch_operations():
 
     def conv(x, weight, bias, **_):
         padded = F.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
-        return F.silu(F.conv1d(padded, weight[:, None], bias, groups=len(bias))).transpose(1, 2), None
+        return F.silu(F.conv1d(padded, weight[:, None], bias, groups=len(bias))).transpose(1,
+                                                                                           2), None
 
     def norm(y, z, weight, groups, eps):
         s = (y * F.silu(z)).unflatten(-1, (groups, -1))
@@ -174,8 +189,10 @@ def test_bf16_compute_with_fp32_masters_gives_fp32_gradients_near_fp32():
     grads = {}
     for dtype in (torch.float32, torch.bfloat16):
         model.compute_dtype = dtype
-        grads[dtype] = torch.autograd.grad(model.loss(tokens, tokens.roll(-1, 1)), model.parameters())
-        assert all(g.dtype == torch.float32 for g in grads[dtype]) and model(tokens).dtype == torch.float32
+        grads[dtype] = torch.autograd.grad(model.loss(tokens, tokens.roll(-1, 1)),
+                                           model.parameters())
+        assert all(g.dtype == torch.float32
+                   for g in grads[dtype]) and model(tokens).dtype == torch.float32
     flat = {dtype: torch.cat([g.flatten() for g in gs]) for dtype, gs in grads.items()}
     assert_close([flat[torch.bfloat16]], [flat[torch.float32]], ["gradient"], 3e-2)
 
@@ -183,11 +200,14 @@ def test_bf16_compute_with_fp32_masters_gives_fp32_gradients_near_fp32():
 # ------------------------------------------------------------------------------------------------
 # The cache
 
-SPLITS = ([1] * 21, [21], [20, 1], [1, 20], [2, 19], [3, 18], [4, 17], [7, 14], [8, 13], [9, 12], [5, 1, 1, 11, 3])
+SPLITS = ([1] * 21, [21], [20, 1], [1, 20], [2, 19], [3, 18], [4, 17], [7, 14], [8, 13], [9, 12],
+          [5, 1, 1, 11, 3])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(n_groups=1), dict(n_groups=4), dict(pattern="*-*-", rope_theta=1e4)])
+@pytest.mark.parametrize("changes",
+                         [{}, dict(n_groups=1), dict(n_groups=4),
+                          dict(pattern="*-*-", rope_theta=1e4)])
 def test_any_split_of_a_prompt_gives_the_same_logits_and_states(changes):
     model, tokens = tiny(**changes), torch.randint(0, 61, (2, 21))
     whole = model(tokens)
@@ -198,13 +218,15 @@ def test_any_split_of_a_prompt_gives_the_same_logits_and_states(changes):
         reference = model.init_cache(2, 21)
         model(tokens, reference)
         assert cache.pos == 21
-        assert_close(cache.tensors(), reference.tensors(), map(str, range(len(cache.tensors()))), 1e-10)
+        assert_close(cache.tensors(), reference.tensors(), map(str, range(len(cache.tensors()))),
+                     1e-10)
 
 
 @torch.no_grad()
 def test_rows_of_a_batch_do_not_see_each_other():
     model, tokens = tiny(), torch.randint(0, 61, (3, 15))
-    assert_close([model(tokens)], [torch.cat([model(row[None]) for row in tokens])], ["logits"], 1e-12)
+    assert_close([model(tokens)], [torch.cat([model(row[None]) for row in tokens])], ["logits"],
+                 1e-12)
 
 
 @torch.no_grad()
@@ -229,7 +251,8 @@ def test_snapshot_restore_and_expand_are_exact():
     wide = cache.expand(3)
     again = model(tokens[:, :5].repeat_interleave(3, 0), wide)
     assert_close([again], [first.repeat_interleave(3, 0)], ["samples"], 1e-12)
-    assert torch.equal(model(tokens[:, :5], cache), first), "the expanded cache must be its own memory"
+    assert torch.equal(model(tokens[:, :5], cache),
+                       first), "the expanded cache must be its own memory"
 
 
 def test_cache_bytes_are_the_bytes_of_its_tensors():
@@ -272,18 +295,21 @@ ORACLES = [dict(n_groups=1, mamba_head_dim=6, hybrid_override_pattern="M-*M-", h
 
 
 def oracle(shape):
-    """A random transformers NemotronH whose prefill, like its kernels and its decode, does not clamp dt."""
+    """A random transformers NemotronH whose prefill, like its kernels and its decode, does not
+    clamp dt.
+    """
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.NemotronHConfig(vocab_size=97, num_attention_heads=6, num_key_value_heads=2, head_dim=12,
+    config = transformers.NemotronHConfig(vocab_size=97, num_attention_heads=6,
+                                          num_key_value_heads=2, head_dim=12,
                                           intermediate_size=72, ssm_state_size=9, mamba_num_heads=8,
                                           chunk_size=16, **shape)
     model = transformers.NemotronHForCausalLM(config).eval()
     for name, p in model.named_parameters():
         p.data.add_(0.1 * torch.randn_like(p))
         if name.endswith("dt_bias"):
-            p.data.sub_(5)                                          # dt below 0.001, where a clamp would show
+            p.data.sub_(5)  # dt below 0.001, where a clamp would show
     for layer in model.model.layers:
         if hasattr(layer.mixer, "time_step_limit"):
             layer.mixer.time_step_limit = (0.0, float("inf"))
@@ -293,14 +319,17 @@ def oracle(shape):
 @torch.no_grad()
 @pytest.mark.parametrize("shape", ORACLES)
 def test_logits_equal_transformers_both_ways_and_for_every_split(shape, tmp_path):
-    """Sharded file in, logits at 1e-5 for one shot and eleven splits; sharded file out, opened by transformers."""
+    """Sharded file in, logits at 1e-5 for one shot and eleven splits; sharded file out, opened by
+    transformers.
+    """
     transformers, reference = oracle(shape)
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
     model, tokens = load_hf(tmp_path / "theirs"), torch.randint(0, 97, (2, 50))
     truth = reference(tokens).logits
     assert_close([model(tokens)], [truth], ["one shot"], 1e-5)
-    for sizes in ([1] * 50, [25, 25], [2, 48], [3, 47], [16, 34], [17, 33], [15, 1, 34], [7, 13, 29, 1], [49, 1],
+    for sizes in ([1] * 50, [25, 25], [2, 48], [3, 47], [16, 34], [17, 33], [15, 1, 34],
+                  [7, 13, 29, 1], [49, 1],
                   [4, 4, 42], [31, 2, 17]):
         cache = model.init_cache(2, 50)
         parts = [model(part, cache) for part in tokens.split(sizes, 1)]
@@ -319,7 +348,8 @@ def test_transformers_gradients_equal_ours(tmp_path):
     reference(input_ids=tokens, labels=tokens).loss.backward()
     labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
     model.loss(tokens, labels).backward()
-    theirs = {name.replace("model.", "backbone."): p.grad for name, p in reference.named_parameters()}
+    theirs = {name.replace("model.", "backbone."): p.grad for name,
+              p in reference.named_parameters()}
     ours = {name: p.grad for name, p in model.named_parameters()}
     assert_close([ours[name] for name in theirs], theirs.values(), theirs, 2e-4)
 
@@ -331,7 +361,8 @@ def test_round_trip_is_bitwise_and_fp32_where_it_must_be(tmp_path):
         assert torch.equal(p, model.get_parameter(name)), name
     low = load_hf(tmp_path, dtype=torch.bfloat16)
     for name, p in low.named_parameters():
-        assert p.dtype == (torch.float32 if name.endswith(("A_log", "D", "dt_bias")) else torch.bfloat16), name
+        assert p.dtype == (torch.float32 if name.endswith(("A_log", "D", "dt_bias"))
+                           else torch.bfloat16), name
     assert low.config == model.config
 
 
@@ -350,7 +381,8 @@ def test_newer_prefix_and_key_names_load(tmp_path):
     model = tiny(torch.float32)
     save_hf(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({k.replace("backbone.", "model."): v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    save_file({k.replace("backbone.", "model."): v for k, v in tensors.items()},
+              tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
     config["layers_block_type"] = [kinds[c] for c in config.pop("hybrid_override_pattern")]
@@ -382,16 +414,20 @@ print(json.dumps(dict(growth=resident_bytes(peak=True) - before, weights=weights
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak resident memory is read from /proc")
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"),
+                    reason="peak resident memory is read from /proc")
 @pytest.mark.parametrize("dtype, stored", [("float32", 1), ("bfloat16", 2)])
 def test_loading_peaks_at_the_weights_and_one_tensor(tmp_path, dtype, stored):
-    """A 230 MB checkpoint in 40 MB shards. `stored`: the tensor being cast is read at its stored size (fp32)."""
+    """A 230 MB checkpoint in 40 MB shards. `stored`: the tensor being cast is read at its stored
+    size (fp32).
+    """
     config = HybridConfig(pattern="M-*-M-", vocab_size=8192, d_model=1024, mlp_dim=4096)
     save_hf(HybridLM(config), tmp_path / "big", shard_bytes=40 * 10 ** 6)
     save_hf(tiny(torch.float32), tmp_path / "tiny")
     assert len(list((tmp_path / "big").glob("*.safetensors"))) > 4
     script = LOAD_AND_MEASURE.format(root=str(ROOT))
-    output = subprocess.run([sys.executable, "-c", script, tmp_path / "big", dtype, tmp_path / "tiny"],
+    output = subprocess.run([sys.executable, "-c", script, tmp_path / "big", dtype,
+                             tmp_path / "tiny"],
                             capture_output=True, text=True, check=True).stdout
     result = json.loads(output)
     assert result["growth"] <= result["weights"] + stored * result["largest"] + 8 * 2 ** 20, result
@@ -401,9 +437,12 @@ def test_loading_peaks_at_the_weights_and_one_tensor(tmp_path, dtype, stored):
     (lambda folder: (folder / "model.safetensors").unlink(), "has config.json but no weights"),
     (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
     (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
-    (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
-    (lambda folder: os.truncate(folder / "model.safetensors", 5000), "not a complete safetensors file"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * 50), "not a complete safetensors"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
+     "model_type is 'llama'"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 5000),
+     "not a complete safetensors file"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * 50),
+     "not a complete safetensors"),
     (lambda folder: edit(folder, "hidden_size", 32), "config.json asks for"),
     (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*"), "is not part of pattern"),
     (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*-M"), "tensors are missing"),
@@ -449,7 +488,8 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_script_describes_a_preset(tmp_path, capsys):
-    model_file.main(["--preset", "nemotron-nano-9b-v2", "--context", "131072", "--out", str(tmp_path)])
+    model_file.main(["--preset", "nemotron-nano-9b-v2", "--context", "131072", "--out",
+                     str(tmp_path)])
     printed = capsys.readouterr().out
     assert "Mamba-2 x 27  * attention x 4  - MLP x 25" in printed and "8,888,227,328" in printed
     assert "weights 16.556 GiB, KV 2.000 GiB, fp32 SSM states 135.00 MiB" in printed
@@ -458,7 +498,8 @@ def test_script_describes_a_preset(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, words", [(["--preset", "gpt"], "preset 'gpt' is not one of"),
-                                         (["--context", "0"], "--context is 0"), (["--contxt", "9"], "--contxt")])
+                                         (["--context", "0"], "--context is 0"),
+                                         (["--contxt", "9"], "--contxt")])
 def test_script_errors_are_one_line(fails, argv, words):
     assert words in fails(model_file.main, argv)
 
@@ -468,5 +509,6 @@ def test_benchmark_runs_all_sides(capsys):
     pytest.importorskip("transformers")
     result = bench(batch=2, length=32, rounds=1)
     assert set(result["bench"]) == {"this file", "transformers", "transformers, our settings"}
-    assert all(value > 0 for side in result["bench"].values() for key, value in side.items() if key != "growth")
+    assert all(value > 0 for side in result["bench"].values() for key,
+               value in side.items() if key != "growth")
     assert "against transformers" in capsys.readouterr().out

@@ -10,17 +10,19 @@ from conftest import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssm
-from ssm import (GatedGroupNorm, Mamba2, causal_conv1d, documents, gated_group_norm, random_inputs, segment_sum,
+from ssm import (GatedGroupNorm, Mamba2, causal_conv1d, documents, gated_group_norm, random_inputs,
+                 segment_sum,
                  ssd, ssd_chunked, ssd_quadratic, ssd_recurrent, ssd_step, ssd_textbook)
 
 NAMES = ["y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial"]
 CHUNK = 16
 
 
-def inputs(b=2, t=33, h=4, p=10, g=2, n=5, with_D=True, with_state=True, packed=False, dtype=torch.float64):
+def inputs(b=2, t=33, h=4, p=10, g=2, n=5, with_D=True, with_state=True, packed=False,
+           dtype=torch.float64):
     """Leaves x, dt, A, B, C, D, initial_states (None where left out) and seq_idx."""
     leaves = random_inputs(b, t, h, p, g, n, dtype=dtype)
-    leaves[1] = (leaves[1].detach() * 10).requires_grad_()      # decays that matter within a few tokens
+    leaves[1] = (leaves[1].detach() * 10).requires_grad_()  # decays that matter within a few tokens
     if not with_D:
         leaves[5] = None
     state = torch.randn(b, h, p, n, dtype=leaves[1].dtype).requires_grad_() if with_state else None
@@ -29,13 +31,17 @@ def inputs(b=2, t=33, h=4, p=10, g=2, n=5, with_D=True, with_state=True, packed=
 
 
 def value_and_gradients(form, leaves, seq_idx=None, grads=None, **options):
-    """[y, state, gradients of every leaf that is there], for the incoming gradients (dy, dstate)."""
+    """[y, state, gradients of every leaf that is there], for the incoming gradients (dy,
+    dstate).
+    """
     y, state = form(*leaves[:6], initial_states=leaves[6], seq_idx=seq_idx, **options)
     if grads is None:
         torch.manual_seed(1)
         grads = torch.randn(y.shape, dtype=y.dtype), torch.randn(state.shape, dtype=state.dtype)
     there = [m for m in leaves if m is not None]
-    return [y, state, *torch.autograd.grad([y, state], there, grads, materialize_grads=True, allow_unused=True)]
+    return [y, state,
+            *torch.autograd.grad([y, state], there, grads, materialize_grads=True,
+                                 allow_unused=True)]
 
 
 def names_of(leaves):
@@ -50,13 +56,16 @@ def test_all_forms_agree_with_every_gradient(t, g, p):
     for with_D, with_state, packed in [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 0), (1, 1, 1)]:
         leaves, seq_idx = inputs(t=t, g=g, p=p, with_D=with_D, with_state=with_state, packed=packed)
         truth = value_and_gradients(ssd_recurrent, leaves, seq_idx)
-        for form, options in [(ssd_quadratic, {}), (ssd_chunked, dict(chunk_size=CHUNK)), (ssd, {})]:
+        for form, options in [(ssd_quadratic, {}), (ssd_chunked, dict(chunk_size=CHUNK)),
+                              (ssd, {})]:
             result = value_and_gradients(form, leaves, seq_idx, **options)
             assert_close(result, truth, names_of(leaves), 1e-10)
 
 
 def test_recurrence_is_the_written_definition():
-    """S = exp(dt A) S + dt x B^T and y = S C + D x, head by head with plain loops: heads of a group adjacent."""
+    """S = exp(dt A) S + dt x B^T and y = S C + D x, head by head with plain loops: heads of a group
+    adjacent.
+    """
     leaves, _ = inputs(b=1, t=5, h=4, g=2, p=3, n=2)
     x, dt, A, B, C, D, S = (m.detach() for m in leaves)
     y, final = ssd_recurrent(x, dt, A, B, C, D, initial_states=S)
@@ -64,7 +73,8 @@ def test_recurrence_is_the_written_definition():
         state, group = S[0, head], head // 2
         for i in range(5):
             step = dt[0, i, head]
-            state = torch.exp(step * A[head]) * state + step * torch.outer(x[0, i, head], B[0, i, group])
+            state = torch.exp(step * A[head]) * state + step * torch.outer(x[0, i, head],
+                                                                           B[0, i, group])
             expected = state @ C[0, i, group] + D[head] * x[0, i, head]
             assert torch.allclose(y[0, i, head], expected, rtol=1e-12, atol=1e-14)
         assert torch.allclose(final[0, head], state, rtol=1e-12, atol=1e-14)
@@ -79,7 +89,9 @@ def test_chunk_size_does_not_change_the_result(chunk):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
 def test_low_precision_stays_near_fp64_of_the_same_inputs(dtype, tolerance):
-    """fp32 sums of 300 terms; bf16 operands with fp32 decays, sums and states. dt, A and the state are fp32."""
+    """fp32 sums of 300 terms; bf16 operands with fp32 decays, sums and states. dt, A and the state
+    are fp32.
+    """
     leaves, seq_idx = inputs(t=300, p=64, n=32, packed=True, dtype=dtype)
     exact = [m.detach().double().requires_grad_() for m in leaves]
     dy, dstate = torch.randn(2, 300, 4, 64).to(dtype), torch.randn(2, 4, 64, 32)
@@ -90,11 +102,14 @@ def test_low_precision_stays_near_fp64_of_the_same_inputs(dtype, tolerance):
 
 
 def test_gradients_through_expanded_and_transposed_incoming_gradients():
-    """A sum's gradient is an expanded scalar, a transpose's is strided: both must be read by strides."""
+    """A sum's gradient is an expanded scalar, a transpose's is strided: both must be read by
+    strides.
+    """
     leaves, _ = inputs(t=40)
     y, state = (m.detach() for m in ssd_recurrent(*leaves[:6], initial_states=leaves[6]))
     transposed = torch.randn(y.shape[::-1], dtype=y.dtype).permute(3, 2, 1, 0)
-    for grads in [(torch.ones((), dtype=y.dtype).expand_as(y), torch.ones((), dtype=y.dtype).expand_as(state)),
+    for grads in [(torch.ones((), dtype=y.dtype).expand_as(y),
+                   torch.ones((), dtype=y.dtype).expand_as(state)),
                   (transposed, torch.randn(state.shape[::-1], dtype=y.dtype).permute(3, 2, 1, 0))]:
         assert_close(value_and_gradients(ssd_chunked, leaves, None, grads, chunk_size=16),
                      value_and_gradients(ssd_recurrent, leaves, None, grads), NAMES, 1e-10)
@@ -108,7 +123,8 @@ def test_inputs_may_be_views_of_one_tensor():
     grads = []
     for form in (ssd_recurrent, ssd_chunked):
         x, B, C = whole.split([40, 10, 10], -1)
-        y, _ = form(x.unflatten(-1, (4, 10)), dt, A, B.unflatten(-1, (2, 5)), C.unflatten(-1, (2, 5)))
+        y, _ = form(x.unflatten(-1, (4, 10)), dt, A, B.unflatten(-1, (2, 5)),
+                    C.unflatten(-1, (2, 5)))
         grads.append(torch.autograd.grad(y.square().sum(), whole)[0])
     assert_close(grads[1:], grads[:1], ["dwhole"], 1e-10)
 
@@ -116,7 +132,9 @@ def test_inputs_may_be_views_of_one_tensor():
 @pytest.mark.parametrize("form", [ssd_recurrent, ssd_quadratic, ssd_chunked])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_overflows_for_dt_from_1e_minus_6_to_1000(form, dtype):
-    """Every exponent is at most 0, masked before the exp: no inf, no NaN, in no output and no gradient."""
+    """Every exponent is at most 0, masked before the exp: no inf, no NaN, in no output and no
+    gradient.
+    """
     for dt in (torch.logspace(-6, 3, 70), torch.full((70,), 1e3), torch.full((70,), 1e-6),
                torch.tensor([1e-6, 1e3] * 35)):
         leaves, seq_idx = inputs(t=70, packed=True, dtype=dtype)
@@ -127,13 +145,16 @@ def test_nothing_overflows_for_dt_from_1e_minus_6_to_1000(form, dtype):
 
 
 def test_a_change_of_seq_idx_is_a_fresh_start():
-    """Packed documents equal the same documents alone; a value that comes back is another document."""
+    """Packed documents equal the same documents alone; a value that comes back is another
+    document.
+    """
     leaves, _ = inputs(b=1, t=30, with_state=False)
     x, dt, A, B, C, D, _ = leaves
     seq_idx = torch.tensor([[0] * 9 + [1] + [0] * 13 + [5] * 7])
     packed, final = ssd_chunked(x, dt, A, B, C, D, seq_idx=seq_idx, chunk_size=8)
     for start, stop in [(0, 9), (9, 10), (10, 23), (23, 30)]:
-        alone, last = ssd_recurrent(x[:, start:stop], dt[:, start:stop], A, B[:, start:stop], C[:, start:stop], D)
+        alone, last = ssd_recurrent(x[:, start:stop], dt[:, start:stop], A, B[:, start:stop],
+                                    C[:, start:stop], D)
         assert_close([packed[:, start:stop]], [alone], ["y"], 1e-10)
     assert_close([final], [last], ["state"], 1e-10)
     assert documents(seq_idx)[0, [0, 8, 9, 10, 29]].tolist() == [0, 0, 1, 2, 3]
@@ -144,8 +165,10 @@ def test_the_final_state_continues_the_scan_at_any_split():
     x, dt, A, B, C, D, S = leaves
     whole, final = ssd_chunked(x, dt, A, B, C, D, initial_states=S, chunk_size=8)
     for cut in (1, 7, 8, 9, 30, 36):
-        first, between = ssd_chunked(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, initial_states=S)
-        second, last = ssd_chunked(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, initial_states=between)
+        first, between = ssd_chunked(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D,
+                                     initial_states=S)
+        second, last = ssd_chunked(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D,
+                                   initial_states=between)
         assert_close([torch.cat([first, second], 1), last], [whole, final], ["y", "state"], 1e-10)
 
 
@@ -172,7 +195,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_chunked_scan_holds_no_square_of_t_and_no_copy_of_B_per_head():
-    """Nothing larger than x or the chunks' states appears, forward or backward: h g copies would be 8 times that."""
+    """Nothing larger than x or the chunks' states appears, forward or backward: h g copies would be
+    8 times that.
+    """
     b, t, h, p, g, n, chunk = 1, 512, 16, 4, 2, 32, 32
     leaves = random_inputs(b, t, h, p, g, n)
     with LargestTensor() as largest:
@@ -194,7 +219,8 @@ def test_segment_sum_is_the_sum_between_two_positions():
 
 def test_the_textbook_form_that_is_timed_is_the_same_function():
     leaves = random_inputs(2, 64, 4, 10, 2, 5, dtype=torch.float64)[:5]
-    assert_close(ssd_textbook(*leaves, chunk_size=16), ssd_recurrent(*leaves), ["y", "state"], 1e-10)
+    assert_close(ssd_textbook(*leaves, chunk_size=16), ssd_recurrent(*leaves), ["y", "state"],
+                 1e-10)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -224,25 +250,31 @@ def test_an_unknown_backend_is_named():
 @pytest.mark.parametrize("t", [1, 2, 3, 4, 11])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_convolution_equals_torch_conv1d(t, with_state):
-    x, weight, bias = torch.randn(2, t, 6).double(), torch.randn(6, 4).double(), torch.randn(6).double()
+    x, weight, bias = torch.randn(2, t, 6).double(), torch.randn(6,
+            4).double(), torch.randn(6).double()
     before = torch.randn(2, 6, 3).double() if with_state else None
     y, final = causal_conv1d(x, weight, bias, initial_states=before)
-    window = torch.cat([torch.zeros(2, 6, 3) if before is None else before, x.transpose(1, 2)], 2).double()
+    window = torch.cat([torch.zeros(2, 6, 3) if before is None else before, x.transpose(1, 2)],
+                       2).double()
     expected = F.silu(F.conv1d(window, weight[:, None], bias, groups=6)).transpose(1, 2)
     assert_close([y, final], [expected, window[:, :, -3:]], ["y", "final"], 1e-12)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_convolution_gradients(packed):
-    """Against finite differences, documents of length 1 and 2 included, and the initial state's gradient."""
+    """Against finite differences, documents of length 1 and 2 included, and the initial state's
+    gradient.
+    """
     seq_idx = torch.tensor([[0, 0, 1, 2, 2, 0, 0], [3] * 7]) if packed else None
-    leaves = [torch.randn(*s).double().requires_grad_() for s in ((2, 7, 5), (5, 4), (5,), (2, 5, 3))]
+    leaves = [torch.randn(*s).double().requires_grad_()
+              for s in ((2, 7, 5), (5, 4), (5,), (2, 5, 3))]
     f = lambda x, w, bias, before: causal_conv1d(x, w, bias, initial_states=before, seq_idx=seq_idx)
     assert torch.autograd.gradcheck(f, leaves)
 
 
 def test_convolution_taps_stay_inside_a_document():
-    x, weight, bias = torch.randn(1, 9, 5).double(), torch.randn(5, 4).double(), torch.randn(5).double()
+    x, weight, bias = torch.randn(1, 9, 5).double(), torch.randn(5,
+            4).double(), torch.randn(5).double()
     y, _ = causal_conv1d(x, weight, bias, seq_idx=torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0]]))
     alone = [causal_conv1d(part, weight, bias)[0] for part in x.split([2, 5, 2], 1)]
     assert_close([y], [torch.cat(alone, 1)], ["y"], 1e-12)
@@ -250,17 +282,21 @@ def test_convolution_taps_stay_inside_a_document():
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_norm_gates_first_then_normalises_each_group(groups):
-    y, z, weight = torch.randn(2, 5, 12).double(), torch.randn(2, 5, 12).double(), torch.randn(12).double()
+    y, z, weight = torch.randn(2, 5, 12).double(), torch.randn(2, 5,
+            12).double(), torch.randn(12).double()
     s = y * F.silu(z)
-    parts = [part * torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-5) for part in s.chunk(groups, -1)]
-    assert_close([gated_group_norm(y, z, weight, groups, 1e-5)], [torch.cat(parts, -1) * weight], ["out"], 1e-12)
+    parts = [part * torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-5)
+             for part in s.chunk(groups, -1)]
+    assert_close([gated_group_norm(y, z, weight, groups, 1e-5)], [torch.cat(parts, -1) * weight],
+                 ["out"], 1e-12)
     leaves = [m.clone().requires_grad_() for m in (y, z, weight)]
     assert torch.autograd.gradcheck(lambda y, z, w: gated_group_norm(y, z, w, groups, 1e-5), leaves)
 
 
 def test_norm_works_in_blocks_of_rows(monkeypatch):
     """More rows than a block, and a last block that is not full."""
-    leaves = [torch.randn(2, 37, 8).double().requires_grad_(), torch.randn(2, 37, 8).double().requires_grad_(),
+    leaves = [torch.randn(2, 37, 8).double().requires_grad_(),
+              torch.randn(2, 37, 8).double().requires_grad_(),
               torch.randn(8).double().requires_grad_()]
     run = lambda: torch.autograd.grad(gated_group_norm(*leaves, 2, 1e-5).square().sum(), leaves)
     whole = run()
@@ -278,7 +314,9 @@ def test_groups_that_do_not_divide_are_named():
 @torch.no_grad()
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_layer_continues_from_its_states_at_any_split(groups):
-    """Prefill, shorter than the convolution or not, single steps and blocks: one function of the whole."""
+    """Prefill, shorter than the convolution or not, single steps and blocks: one function of the
+    whole.
+    """
     layer = Mamba2(24, 4, 10, 6, groups, chunk_size=8).double()      # 40 inner channels on 24
     x = torch.randn(2, 23, 24).double()
     whole = layer(x)
@@ -301,6 +339,7 @@ def test_layer_starts_with_finite_parameters_in_the_stated_ranges():
 def test_script_prints_its_tables_and_one_json_line(tmp_path, capsys):
     ssm.main(["--quick", "--out", str(tmp_path), "--device", "cpu"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["agreement"]["chunked float64"] < 1e-10 and result["agreement"]["chunked float32"] < 1e-4
+    agreement = result["agreement"]
+    assert agreement["chunked float64"] < 1e-10 and agreement["chunked float32"] < 1e-4
     assert set(result["speed"]) == {"recurrent", "quadratic", "chunked", "attention"}
     assert (tmp_path / "ssm.png").stat().st_size > 10_000

@@ -1,4 +1,6 @@
-"""Training learns, stops anywhere and goes on exactly, and never writes over what it did not make."""
+"""Training learns, stops anywhere and goes on exactly, and never writes over what it did not
+make.
+"""
 
 import json
 import math
@@ -17,7 +19,8 @@ from data import TokenStream, load_data
 from model import HybridConfig, HybridLM, load_hf
 from train_fp8 import Run, bits_per_byte, evaluate, make_optimizer, train_step, wsd
 
-SMALL = ["--tokenizer", "bytes", "--pattern", "M*-", "--seq-len", "32", "--batch-size", "4", "--device", "cpu",
+SMALL = ["--tokenizer", "bytes", "--pattern", "M*-", "--seq-len", "32", "--batch-size", "4",
+         "--device", "cpu",
          "--compute-dtype", "float32", "--eval-every", "3", "--save-every", "2"]
 
 
@@ -27,7 +30,8 @@ def text(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(f"item {j}" for j in range(i, i + 60)), encoding="utf-8")
+        (folder / f"{i}.txt").write_text(" ".join(f"item {j}" for j in range(i, i + 60)),
+                                         encoding="utf-8")
     return folder
 
 
@@ -75,13 +79,17 @@ def test_weight_decay_is_on_matrices_alone():
     decayed, others = (group["params"] for group in make_optimizer(model, 1e-3, 0.1).param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed) + len(others) == len(names)
-    assert {names[id(p)].split(".")[-1] for p in decayed} == {"weight"} and not [p for p in decayed if p.dim() < 2]
+    assert {names[id(p)].split(".")[-1] for p in decayed} == {"weight"} and not [p for p in decayed
+                                                                                 if p.dim() < 2]
     undecayed = [names[id(p)] for p in others]
-    assert all(name.endswith(("A_log", "D", "dt_bias", "norm.weight", "norm_f.weight", "bias")) for name in undecayed)
+    assert all(name.endswith(("A_log", "D", "dt_bias", "norm.weight", "norm_f.weight", "bias"))
+               for name in undecayed)
 
 
 def test_adamw_is_its_formula_with_decay_clip_and_these_betas():
-    """One step by hand: moments (0.1 g, 0.05 g^2) corrected to g and g^2, so the update is lr (sign(g) + wd p)."""
+    """One step by hand: moments (0.1 g, 0.05 g^2) corrected to g and g^2, so the update is lr
+    (sign(g) + wd p).
+    """
     model = HybridLM(HybridConfig(pattern="-", d_model=16, mlp_dim=16, vocab_size=32))
     run = Run(batch_size=2, seq_len=8, clip=1e9)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -106,7 +114,8 @@ def test_gradient_norm_is_clipped_and_reported_before_clipping():
 
     class Recorder:
         param_groups = [{}]
-        step = lambda self: seen.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+        step = lambda self: seen.append(torch.stack([p.grad.norm()
+                                                     for p in model.parameters()]).norm())
         zero_grad = lambda self, set_to_none: None
 
     class Fixed:
@@ -151,7 +160,8 @@ def test_a_run_learns_and_leaves_a_complete_folder(text, tmp_path, capsys):
     assert result["tokens"] == 40 * 4 * 32 and [row["step"] for row in rows] == list(range(1, 41))
     assert "val_loss" in rows[2] and "val_loss" not in rows[0]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "train_state.pt", "loss.png"}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl",
+                     "train_state.pt", "loss.png"}
 
 
 def test_two_halves_equal_the_whole_bit_for_bit(text, tmp_path):
@@ -170,8 +180,10 @@ def test_two_halves_are_equal_with_documents_kept_apart_in_bf16(text, tmp_path):
 
 
 def start(text, out, *flags):
-    command = [sys.executable, str(ROOT / "train_fp8.py"), "--data", str(text), "--out", str(out), *SMALL, *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    command = [sys.executable, str(ROOT / "train_fp8.py"), "--data", str(text), "--out", str(out),
+               *SMALL, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            cwd=ROOT)
 
 
 def wait_for_step(process, step):
@@ -182,7 +194,9 @@ def wait_for_step(process, step):
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(text, tmp_path):
-    """SIGKILL three times at random moments, between and during checkpoints; the end equals an undisturbed run."""
+    """SIGKILL three times at random moments, between and during checkpoints; the end equals an
+    undisturbed run.
+    """
     run_main(text, tmp_path / "whole", "--steps", "24", "--save-every", "1")
     out = tmp_path / "killed"
     for step, delay in ((3, 0.0), (9, 0.013), (15, 0.031)):
@@ -237,13 +251,18 @@ def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--recipe", "fp4"], "--recipe is 'fp4', must be one of bf16"), (["--steps", "0"], "--steps is 0"),
-    (["--preset", "huge"], "preset 'huge' is not one of"), (["--pattern", "M-Q"], "must be letters of M"),
+    (["--recipe", "fp4"], "--recipe is 'fp4', must be one of bf16"),
+                                          (["--steps", "0"], "--steps is 0"),
+    (["--preset", "huge"], "preset 'huge' is not one of"),
+                                          (["--pattern", "M-Q"], "must be letters of M"),
     (["--pattern", "ME"], "has experts"), (["--lr", "-1"], "--lr -1.0 must be positive"),
     (["--batch-size", "5", "--grad-accum", "2"], "must be a multiple of --grad-accum"),
-    (["--warmup", "0.9", "--decay", "0.3"], "at most 1"), (["--seq-len", "100000"], "do not fill two windows"),
-    (["--device", "tpu"], "--device tpu"), (["--compute-dtype", "int8"], "must be auto, float32 or bfloat16"),
-    (["--data", "/nowhere"], "--data /nowhere does not exist"), (["--resume"], "nothing to resume")])
+    (["--warmup", "0.9", "--decay", "0.3"], "at most 1"),
+                                          (["--seq-len", "100000"], "do not fill two windows"),
+    (["--device", "tpu"], "--device tpu"),
+        (["--compute-dtype", "int8"], "must be auto, float32 or bfloat16"),
+    (["--data", "/nowhere"], "--data /nowhere does not exist"),
+                                          (["--resume"], "nothing to resume")])
 def test_bad_flags_are_one_line(fails, text, tmp_path, flags, words):
     argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, *flags]
     assert words in fails(train_fp8.main, argv)
@@ -271,7 +290,8 @@ def test_a_folder_that_training_did_not_make_is_refused(fails, text, tmp_path):
 
 
 def test_a_changed_corpus_and_a_broken_state_are_named(fails, text, tmp_path):
-    out, argv = tmp_path / "out", ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "4"]
+    out, argv = tmp_path / "out", ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL,
+                                   "--steps", "4"]
     run_main(text, out, "--steps", "4", "--stop-after", "2")
     (text / "0.txt").write_text("changed")
     assert "the corpus has changed" in fails(train_fp8.main, argv)
@@ -280,5 +300,6 @@ def test_a_changed_corpus_and_a_broken_state_are_named(fails, text, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoint(fails, text, tmp_path):
-    argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "60", "--lr", "1e30"]
+    argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "60", "--lr",
+            "1e30"]
     assert "lower --lr" in fails(train_fp8.main, argv)

@@ -1,0 +1,73 @@
+"""Every command and every snippet of the README runs; long ones with smaller sizes through the same
+flags.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+SHORTER = {         # added to a command of this script, so that it takes seconds
+    "ssm.py": ["--quick"],
+    "train_fp8.py": ["--steps", "2", "--batch-size", "2", "--seq-len", "32", "--tokenizer",
+                     "bytes", "--device", "cpu"],
+    "infer.py": ["--tokens", "5", "--device", "cpu"],
+}
+# install, this suite, tested elsewhere
+NOT_RUN = ("pip install", "python -m pytest", "--bench", "jupyter")
+
+
+def commands():
+    """Each command line of a shell block, comments stripped, split at &&."""
+    for language, text in BLOCKS:
+        if language in ("", "bash", "sh"):
+            for line in text.splitlines():
+                for command in line.split("#")[0].split("&&"):
+                    if command.strip():
+                        yield command.strip()
+
+
+def test_the_test_command_is_there_once_for_the_ci():
+    lines = [line for line in README.splitlines() if "python -m pytest" in line]
+    assert lines[0] == "pip install -r requirements.txt && python -m pytest"
+
+
+def test_every_command_runs(tmp_path):
+    """In order, in one folder, as a reader would; the text folder that the README speaks of is made
+    first.
+    """
+    (tmp_path / "my_texts").mkdir()
+    for i in range(3):
+        (tmp_path / "my_texts" / f"{i}.txt").write_text("words and more words\n" * 60)
+    ran = 0
+    for command in commands():
+        if any(skip in command for skip in NOT_RUN):
+            continue
+        words = shlex.split(command)
+        assert words[0] == "python", f"do not know how to run: {command}"
+        script, flags = words[1], words[2:]
+        assert (ROOT / script).exists(), command
+        if script == "train_fp8.py" and "--data" not in flags:
+            flags += ["--data", "my_texts"]
+        result = subprocess.run([sys.executable, ROOT / script, *flags, *SHORTER.get(script, [])],
+                                cwd=tmp_path,
+                                capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        ran += 1
+    assert ran >= 6
+
+
+@pytest.mark.parametrize("snippet", [text for language, text in BLOCKS if language == "python"])
+def test_every_snippet_runs(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README", "exec"), {})
+
+
+def test_every_file_that_the_readme_names_exists():
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
