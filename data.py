@@ -1,15 +1,12 @@
-"""Text to batches: a corpus that is already on the machine, a BPE tokenizer, packed windows, exact
-resume.
+"""Text to batches: a corpus that is there, a BPE tokenizer, packed windows, exact resume.
 
 Default corpus: the Python standard library's own sources and its documentation topics. Nothing is
 downloaded, nothing is redistributed, and it holds what a small language model can visibly learn:
 code, comments, prose. A run keeps the corpus's fingerprint (version, bytes, sha256), since another
 Python is another text.
 
-    corpus      --data stdlib | FILE | DIR      .txt .md .py as documents, .jsonl one document a
-    line ("text")
-                --data DIR of token shards      what `python data.py --write-shards DIR` wrote,
-                memory-mapped
+    corpus      --data stdlib | FILE | DIR: .txt .md .py are documents, .jsonl has one a line
+                --data DIR of token shards: what --write-shards wrote, memory-mapped
     split       a twentieth of the documents, chosen by the hash of their path, is validation
     tokenizer   --tokenizer bpe | bytes | FILE | NAME
                 bpe trains a byte-level BPE on the training documents (seconds, Hugging Face
@@ -17,15 +14,14 @@ Python is another text.
                 tiktoken encoding, which tiktoken downloads. Every one is saved as tokenizer.json
                 and encodes through tiktoken.
     packing     separator, document, separator, document ... cut into windows of seq_len + 1 tokens
-    order       a permutation of the windows an epoch, computed from (seed, epoch, position): the
-    number of
-                windows taken is the whole state of the sampler
+    order       a permutation of the windows an epoch, computed from (seed, epoch, position):
+                the number of windows taken is the whole state of the sampler
 
 Bits a byte = nats / ln 2 / bytes of text: unlike nats a token it does not depend on the tokenizer.
 
 Left out: mixtures of weighted sources, streaming from object stores, cleaning and deduplication.
 
-    python data.py                                    statistics of corpus and tokenizer; 15 s
+    python data.py                                         statistics of corpus and tokenizer; 6 s
     python data.py --data DIR --write-shards out/shards    tokenise once, for large runs
 """
 
@@ -115,9 +111,7 @@ STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "encodings", "idlelib", "lib2to
 
 
 def stdlib_documents():
-    """[(path, text)] of the standard library without tests and code tables, and pydoc's topics, one
-    each.
-    """
+    """[(path, text)] of the standard library without tests and code tables; pydoc's topics."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in root.rglob("*.py"):
@@ -134,9 +128,7 @@ def stdlib_documents():
 
 
 def read_text(path):
-    """[(name, text)] of one file, a .jsonl line by line. Raises ValueError if it is not UTF-8
-    text.
-    """
+    """[(name, text)] of one file, a .jsonl by lines. Raises ValueError if it is not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -158,9 +150,7 @@ def read_text(path):
 
 
 def user_documents(data):
-    """[(name, text)] of a file or of every text file below a folder. Raises with one line if there
-    is none.
-    """
+    """[(name, text)] of a file or of every text file below a folder. Raises if there is none."""
     root = pathlib.Path(data)
     if not root.exists():
         raise FileNotFoundError(f"--data {data} does not exist (stdlib, a file or a folder)")
@@ -179,9 +169,7 @@ def user_documents(data):
 
 
 def split_documents(documents):
-    """(training, validation): a twentieth by the hash of the name; of few documents, each one's
-    last twentieth.
-    """
+    """(training, validation): a twentieth by hash of the name; of few documents, their ends."""
     held_out = lambda name: hashlib.sha256(name.encode()).digest()[0] % 20 == 0
     documents = sorted(documents)
     train = [text for name, text in documents if not held_out(name)]
@@ -194,9 +182,7 @@ def split_documents(documents):
 
 
 def fingerprint(data, documents):
-    """What a checkpoint keeps of its corpus: where from, how much, and a hash of every name and
-    text.
-    """
+    """What a checkpoint keeps of its corpus: source, size, and a hash of all names and texts."""
     digest, size = hashlib.sha256(), 0
     for name, text in sorted(documents):
         raw = text.encode()
@@ -222,18 +208,14 @@ PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r
 
 
 def byte_characters():
-    """{character: byte}: GPT-2's printable stand-ins for the 256 bytes, as tokenizer.json writes
-    tokens.
-    """
+    """{character: byte}: GPT-2's printable stand-ins for the 256 bytes, as in tokenizer.json."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
 def train_bpe(texts, vocab_size):
-    """tokenizer.json (a str) of a byte-level BPE with vocab_size entries, the separator
-    included.
-    """
+    """tokenizer.json (a str) of a byte-level BPE of vocab_size entries with the separator."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -277,9 +259,7 @@ def bpe_json(ranks, pattern, special):
 
 
 def halves(token, rank, ranks):
-    """The two parts that the merge of this rank joins: BPE on the token's bytes with lower ranks
-    alone.
-    """
+    """The two parts that the merge of this rank joins: BPE with the lower ranks alone."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
@@ -332,9 +312,7 @@ def encoding_from_json(text, name="tokenizer.json"):
 
 
 def make_tokenizer(spec, texts, vocab_size):
-    """tokenizer.json (a str) for --tokenizer: bpe, bytes, a file, or a tiktoken name (which
-    downloads).
-    """
+    """tokenizer.json (a str) for --tokenizer: bpe, bytes, a file, a tiktoken name (downloads)."""
     if spec == "bpe":
         if vocab_size < 300:
             raise ValueError(f"a BPE of {vocab_size} entries is hardly more than the 256 bytes: "
@@ -370,9 +348,7 @@ def separator_id(encoding):
 
 
 class TokenStream:
-    """One long sequence of token ids over one or several arrays (memory-mapped shards or one in
-    memory).
-    """
+    """One long sequence of token ids over one array or several (memory-mapped shards)."""
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -407,16 +383,12 @@ class TokenData:
 
     @property
     def vocab_size(self):
-        """Entries of the tokenizer, rounded up to a multiple of 16 (FP8 and tensor cores want
-        that).
-        """
+        """Entries of the tokenizer, rounded up to a multiple of 16 as FP8 matmuls want it."""
         return -(-self.encoding.n_vocab // 16) * 16
 
 
 def pack(texts, encoding, separator):
-    """Token ids of all texts, the separator before each: uint16 where the vocabulary fits, else
-    uint32.
-    """
+    """Token ids of all texts, the separator before each: uint16 if they fit, else uint32."""
     dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
     encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
     return np.concatenate([np.array([separator, *ids], dtype=dtype) for ids in encoded])
@@ -438,9 +410,7 @@ def load_data(data="stdlib", tokenizer="bpe", vocab_size=4096):
 
 
 def write_shards(token_data, folder, shard_tokens=10 ** 8):
-    """train-*.bin and validation-*.bin (raw little-endian uint16 or uint32), tokenizer.json,
-    shards.json.
-    """
+    """Writes train-*.bin, validation-*.bin (raw uint16 or uint32), tokenizer.json, shards.json."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "shards.json").exists():
@@ -461,9 +431,7 @@ def write_shards(token_data, folder, shard_tokens=10 ** 8):
 
 
 def load_shards(folder):
-    """TokenData of memory-mapped shards. Raises with one line if a file is missing, empty or cut
-    short.
-    """
+    """TokenData of memory-mapped shards. Raises with one line on missing or cut files."""
     folder = pathlib.Path(folder)
     meta = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
     streams = {}
@@ -512,9 +480,7 @@ class Batches:
         return int((int(stride) * i + int(offset)) % n * self.seq_len + shift)
 
     def next(self):
-        """(tokens, labels, seq_idx): int64 (batch, seq_len) each; seq_idx is None unless documents
-        are kept apart.
-        """
+        """(tokens, labels, seq_idx), int64 (batch, seq_len) each; seq_idx may be None."""
         rows = []
         for i in range(self.batch_size):
             start = self.start_of(self.position + i)
@@ -531,9 +497,7 @@ def with_documents(tokens, labels, separator):
 
 
 def validation_batches(stream, batch_size, seq_len, separator=None, limit=None):
-    """The stream in order, every token predicted once; the last window is padded, labels -100
-    there.
-    """
+    """The stream in order, every token predicted once; labels are -100 where it is padded."""
     total = len(stream) - 1 if limit is None else min(len(stream) - 1, limit)
     starts = range(0, total, seq_len)
     for i in range(0, len(starts), batch_size):

@@ -1,10 +1,9 @@
 """Inference: load a run or a released checkpoint, prefill, decode one token at a time, stream text.
 
-    prefill(model, cache, tokens)       the prompt, in blocks, logits of its last token alone
-    decode_one(model, cache, token)     one token through the recurrent path: constant work in Mamba
-    layers
-    sample(logits, ...)                 temperature, top-k, top-p, one generator per call
-    generate(model, encoding, prompt)   the three of them as a stream of complete UTF-8 text
+    prefill(model, cache, tokens)        the prompt, in blocks, logits of its last token alone
+    decode_one(model, cache, token)      one token: constant work in the Mamba layers
+    sample(logits, ...)                  temperature, top-k, top-p, one generator a call
+    generate(model, encoding, prompt)    the three of them as a stream of complete UTF-8 text
 
 A hybrid needs no position ids and no attention mask to decode: the cache is the position. Sources:
 Nemotron Nano 2, arXiv 2508.14444 (sampling settings in section 4); fp32 states as the released
@@ -16,15 +15,15 @@ answer.
 Left out (so far): the memory plan, chat template and thinking budget, int8 weights, CUDA graphs,
 benchmarks.
 
-    python infer.py                                   continue a prompt with the newest run; 5 s on
-    2 cores python infer.py --checkpoint out/base --prompt "def main(" --temperature 0.7 --tokens
-    300
-    python infer.py --checkpoint FOLDER               any Nemotron-H folder with tokenizer.json
+    python infer.py                                        continue a prompt; 5 s on 2 cores
+    python infer.py --prompt "def main(" --temperature 0.7 --tokens 300
+    python infer.py --checkpoint FOLDER                    any Nemotron-H with tokenizer.json
 """
 
 import codecs
 import dataclasses
 import pathlib
+import sys
 import time
 
 import torch
@@ -222,6 +221,15 @@ def pick_dtype(name):
     return None if name == "auto" else getattr(torch, name)
 
 
+def peak_bytes(device):
+    """The most memory this process has held: allocated on a CUDA device, else resident in all."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    import resource     # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def newest_checkpoint():
     """out/compressed if the pipeline has come that far, else out/base."""
     return "out/compressed" if pathlib.Path("out/compressed/config.json").exists() else "out/base"
@@ -240,17 +248,15 @@ def body(run):
     pieces, stats = [], {}
     print(run.prompt, end="", flush=True)
     for text in generate(model, encoding, run.prompt, run.tokens, run.temperature, run.top_k,
-                         run.top_p, run.seed,
-                         run.stop or (), run.context or None, stats):
+                         run.top_p, run.seed, run.stop or (), run.context or None, stats):
         print(text, end="", flush=True)
         pieces.append(text)
     print(f"\n\n{stats['tokens']} tokens at {stats['tokens_per_s']:.0f} tokens/s, prompt of "
           f"{stats['prompt_tokens']} at {stats['prefill_tokens_per_s']:.0f} tokens/s, cache "
           f"{stats['cache_bytes'] / 2 ** 20:.2f} MiB")
-    peak = stats["cache_bytes"] + sum(p.nbytes for p in model.parameters())
     return dict(tokens_per_s=stats["tokens_per_s"],
                 prefill_tokens_per_s=stats["prefill_tokens_per_s"],
-                peak_bytes=peak, text="".join(pieces))
+                peak_bytes=peak_bytes(device), text="".join(pieces))
 
 
 def main(argv=None):

@@ -20,18 +20,16 @@ Glossary: as in ssm.py, and d d_model | f MLP dim | v vocabulary | g also counts
 tokens that a cache has seen.
 
 Initialisation (tested)
-    embedding, in_proj, q, k, v, up, head      normal, std sqrt(0.8 / d_model)     (12B 0.0125, 56B
-    0.0099)
-    out_proj, o_proj, down_proj                the same / sqrt(number of layers): residual outputs
-    conv1d weight and bias                     uniform +-1 / sqrt(width)           (torch's default)
+    embedding, in_proj, q, k, v, up, head    normal, std sqrt(0.8 / d_model): 12B 0.0125
+    out_proj, o_proj, down_proj              the same / sqrt(number of layers): residual outputs
+    conv1d weight and bias                   uniform +-1 / sqrt(width), torch's default
     norms 1 | D 1 | A uniform in [1, 16] | dt log-uniform in [0.001, 0.1]
 
 Left out: experts (pattern letter E), dropout (the models have none), tensor parallelism.
 
-    python model.py                                    the toy: strip, parameters, FLOPs, bytes; 2 s
-    python model.py --preset nemotron-nano-9b-v2       any size, on the meta device; 2 s
-    python model.py --bench                            against transformers, same weights; 2 min on
-    2 cores
+    python model.py                                  the toy: strip, parameters, FLOPs, bytes; 4 s
+    python model.py --preset nemotron-nano-9b-v2     any size, on the meta device; 4 s
+    python model.py --bench                          against transformers, same weights; 2 min
 """
 
 import contextlib
@@ -274,9 +272,7 @@ def cross_entropy(h, weight, labels, block=1024):
 
 
 def rotate(x, pos, theta):
-    """Rotary positions pos, pos + 1, ... on x (b, heads, t, head_dim), halves paired (baselines
-    only).
-    """
+    """Rotary positions pos, pos + 1, ... on x (b, heads, t, head_dim); baselines only."""
     t, half = x.shape[2], x.shape[3] // 2
     fine = accumulator(x)
     rate = theta ** (-torch.arange(half, device=x.device, dtype=fine) / half)
@@ -319,9 +315,7 @@ class HybridCache:
         return sum(m.numel() * m.element_size() for m in self.tensors())
 
     def snapshot(self):
-        """A copy of the states and the position. KV is only ever appended, so its position is
-        enough.
-        """
+        """A copy of the states and the position; KV is only appended, the position is enough."""
         return dict(pos=self.pos, ssm={i: m.clone() for i, m in self.ssm.items()},
                     conv={i: m.clone() for i, m in self.conv.items()})
 

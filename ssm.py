@@ -1,5 +1,4 @@
-"""Mamba-2 in one file: the scan in three forms, a hand-derived backward, one-token decode, the
-layer.
+"""Mamba-2: the scan in three forms, its backward by hand, one-token decode, the layer.
 
 A Mamba-2 head keeps a matrix-valued state and forgets it at a rate it computes from the input:
 
@@ -9,23 +8,22 @@ A Mamba-2 head keeps a matrix-valued state and forgets it at a rate it computes 
 which is linear attention with decay: unrolled, y_t is a sum over s <= t of (C_t . B_s) times the
 decay between s and t times dt_s x_s. Everything below is that one sentence, evaluated four ways.
 
-    ssd_recurrent   token by token                  O(t) work, no matmuls      the definition
-    ssd_quadratic   the (t, t) score matrix         O(t^2) work, all matmuls   the insight
-    ssd_chunked     quadratic inside chunks,        O(t l) work, all matmuls   what trains and
-    prefills
+    ssd_recurrent   token by token             O(t) work, no matmuls       the definition
+    ssd_quadratic   the (t, t) score matrix    O(t^2) work, all matmuls    the insight
+    ssd_chunked     quadratic inside chunks,   O(t l) work, all matmuls    trains and prefills
                     recurrent between them
-    ssd_step        one token, state in place       O(1) work and memory       what decodes
+    ssd_step        one token, in place        O(1) work and memory        decodes
 
 Source: Mamba-2, arXiv 2405.21060 (the scan: section 6; the layer: section 7). Shapes and names
 follow state-spaces/mamba at e9594ce. The released Nemotron-H models use this layer unchanged.
 
 Glossary
-    b batch | t time steps | h heads | p head dim | g groups | r = h / g heads that share a group's
-    B, C n state size | l length of a chunk | x input | dt step size (softplus applied) | A decay
-    rate (h,) B, C input and output maps (attention's keys and queries) | D skip (h,) | S state (b,
-    h, p, n) u = dt x, what enters the state | a = dt A, the log of a step's decay | L = exp(segment
-    sums of a) z the output gate | seq_idx (b, t): a change of value starts a new document and
-    empties the state
+    b batch | t time steps | h heads | p head dim | n state size | l length of a chunk
+    g groups | r = h / g heads that share a group's B and C
+    x input | dt step size, softplus applied | A decay rate (h,) | D skip (h,) | z output gate
+    B, C input and output maps: attention's keys and queries | S state (b, h, p, n)
+    u = dt x, what enters the state | a = dt A, log of a step's decay | L = exp(segment sums of a)
+    seq_idx (b, t): a change of value starts a new document and empties the state
 
 Choices, and where others differ
   * Heads of one group read the same B and C. They are never copied to heads: every product with B
@@ -36,18 +34,16 @@ Choices, and where others differ
   * dt has no lower clamp. The kernels have none; transformers' torch path floors dt at 0.001 in
     prefill and not in decode, so that its own two paths disagree.
   * dt, A, cumulative sums, decays and states are fp32 whatever x is (fp64 if x is fp64); matmul
-    operands have x's dtype, as in the CUDA kernels. bf16 cumulative sums cost 6% in the decays.
+    operands have x's dtype, as in the CUDA kernels. bf16 sums cost 2% in the decays.
   * A chunk's scores live only while the chunk is worked on: memory is O(l) scores plus one state
     per chunk, and what a step touches stays in the CPU's cache.
   * seq_idx resets at every *change*: 0 1 0 are three documents. (mamba_ssm compares values.)
     initial_states belong to the document at position 0.
 
-Left out: multi-GPU sequence parallelism; double backward through ssd_chunked (the other two have
-it).
+Left out: sequence parallelism; double backward through ssd_chunked (the other two have it).
 
-    python ssm.py               agreement and speed tables, out/ssm.png        about 1.5 min on 2
-    cores
-    python ssm.py --quick       the same with fewer lengths                    about 15 s
+    python ssm.py               agreement and speed tables, out/ssm.png    45 s on 2 cores
+    python ssm.py --quick       the same with fewer lengths                10 s
 """
 
 import math
@@ -254,12 +250,10 @@ class _Chunk:
 class _ChunkedScan(torch.autograd.Function):
     """The chunked scan and its gradient.
 
-    With S the state entering a chunk, G = C B^T its scores, M = G * L and all products over one
-    chunk:
+    With S the state entering a chunk, G = C B^T its scores, M = G * L, all products over a chunk:
 
-        y  = M u  +  head * (C S^T)  +  D x                (1) inside the chunk   (4) from the state
-        S' = all * S  +  (tail * u)^T B                    (3) the recurrence     (2) the chunk's
-        own state
+        y  = M u  +  head * (C S^T)  +  D x         (1) inside the chunk, (4) from the state
+        S' = all * S  +  (tail * u)^T B             (3) the recurrence, (2) the chunk's own state
 
     Given dy and R = dS', the transposes of the same products, last chunk first:
 
@@ -267,13 +261,14 @@ class _ChunkedScan(torch.autograd.Function):
         dC = dG B   + (head * dy) S           dB = dG^T C + (tail * u) R
         R  <- all * R + (head * dy)^T C       the gradient of the state that entered
 
-    The log-decays a enter only through exp of differences of their cumulative sum c, and d exp =
-    exp: with W = dM * M (strictly lower; the diagonal's exponent is the constant 0),
+    The log-decays a enter through exp of differences of their cumulative sum c, and d exp = exp.
+    With W = dM * M, strictly lower since the diagonal's exponent is the constant 0, and
+    w_i = <u_i, tail_i B_i R>:
 
-        dc_i = sum_j W_ij - sum_j W_ji + <dy_i, head_i C_i S> - w_i,     w_i = <u_i, tail_i B_i R>
-        dc_last += sum_i w_i + all <R, S>                  tail and all also read the last sum
-        da = reverse cumulative sum of dc,    ddt = <du, x> + A da,    dA = sum of dt da,    dx = dt
-        du + D dy
+        dc_i = sum_j W_ij - sum_j W_ji + <dy_i, head_i C_i S> - w_i
+        dc_last += sum_i w_i + all <R, S>     tail and all also read the last sum
+        da = reverse cumulative sum of dc     dA = sum of dt da
+        ddt = <du, x> + A da                  dx = dt du + D dy
 
     Only the inputs and each chunk's entering state are saved; scores are computed again.
     """

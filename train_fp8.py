@@ -24,8 +24,7 @@ Left out (so far): FP8, several GPUs, activation checkpointing, data phases.
 
     python train_fp8.py                     the toy on the standard library's text; 5 min on 2 cores
     python train_fp8.py --data my_texts/ --out out/mine
-    python train_fp8.py --preset small --data shards/ --steps 20000 --batch-size 64 --seq-len 2048
-     one GPU
+    python train_fp8.py --preset small --data shards/ --steps 20000 --seq-len 2048     one GPU
 """
 
 import dataclasses
@@ -55,18 +54,18 @@ class Run:
     tokenizer: str = "bpe"          # bpe, bytes, a tokenizer.json, or a tiktoken name (downloads)
     reset_documents: bool = False  # nothing crosses a document border: scan, convolution, attention
     recipe: str = "bf16"            # bf16 (FP8 recipes are the next stage)
-    steps: int = 500                # optimizer steps
+    steps: int = 1000               # optimizer steps
     batch_size: int = 8             # sequences a step, over all accumulation steps
     grad_accum: int = 1             # backward passes a step
-    seq_len: int = 512              # tokens a sequence
+    seq_len: int = 256              # tokens a sequence
     lr: float = 3e-3                # peak learning rate
     min_lr: float = 0.01            # last learning rate as a fraction of lr
     warmup: float = 0.02            # fraction of steps
     decay: float = 0.3              # fraction of steps, at the end
     weight_decay: float = 0.1       # on matrices; none on norms, biases, A_log, D, dt_bias
     clip: float = 1.0               # largest gradient norm
-    eval_every: int = 100           # steps between evaluations on a part of the validation text
-    save_every: int = 100           # steps between checkpoints
+    eval_every: int = 200           # steps between evaluations on a part of the validation text
+    save_every: int = 200           # steps between checkpoints
     seed: int = 0                   # of initialisation and data order
     device: str = "auto"            # auto, cuda, mps or cpu
     compute_dtype: str = "auto"     # auto, float32 or bfloat16

@@ -179,6 +179,7 @@ def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert set(result) == {"tokens_per_s", "prefill_tokens_per_s", "peak_bytes", "text"}
+    assert result["peak_bytes"] > 10 ** 8       # a process with torch in it: bytes, not kilobytes
     assert "def f" + result["text"].split("\n")[0] in "\n".join(lines)
 
 
