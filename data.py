@@ -130,7 +130,7 @@ def stdlib_documents():
 def read_text(path):
     """[(name, text)] of one file, a .jsonl by lines. Raises ValueError if it is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give .txt, .md, .py or "
                          f".jsonl") from None
@@ -139,14 +139,21 @@ def read_text(path):
     if path.suffix != ".jsonl":
         return [(path.name, text)]
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            documents.append((f"{path.name}#{number}", str(json.loads(line)["text"])))
-        except (json.JSONDecodeError, KeyError, TypeError):
+            value = json.loads(line)["text"]
+            value.encode()      # raises for anything but a str, and for half a surrogate pair
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} line {number} is not an object with a text key") from None
+        documents.append((f"{path.name}#{number}", value))
     return documents
+
+
+def hidden(path):
+    """True for .git, .venv and what is in them."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def user_documents(data):
@@ -158,7 +165,7 @@ def user_documents(data):
         documents = read_text(root)
     else:
         files = [path for path in sorted(root.rglob("*")) if path.suffix in TEXT_SUFFIXES
-                 and path.is_file()]
+                 and path.is_file() and not hidden(path.relative_to(root))]
         documents = [(f"{path.relative_to(root).parent.as_posix()}/{name}", text)
                      for path in files for name, text in read_text(path)]
     documents = [(name, text) for name, text in documents if text.strip()]
@@ -191,6 +198,11 @@ def fingerprint(data, documents):
     library = f"Python {platform.python_version()} standard library"
     source = library if data == "stdlib" else str(data)
     return dict(source=source, documents=len(documents), bytes=size, sha256=digest.hexdigest())
+
+
+def with_tokenizer(corpus, tokenizer_json):
+    """A corpus's fingerprint with that of the tokenizer: together they are what the model reads."""
+    return dict(corpus, tokenizer=hashlib.sha256(tokenizer_json.encode()).hexdigest())
 
 
 def xz_bits_per_byte(texts):
@@ -281,34 +293,50 @@ def encoding_from_json(text, name="tokenizer.json"):
     import tiktoken
     try:
         spec = json.loads(text)
-        vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
         steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{name} is not a tokenizer.json with a BPE model") from None
-    kinds = [step["type"] for step in steps]
-    if kinds not in (["Split", "ByteLevel"], ["ByteLevel"]) or steps[-1].get("add_prefix_space") \
-            or spec.get("normalizer"):
-        raise ValueError(f"{name} is not byte-level BPE without normalizer (pre-tokenizer: "
-                         f"{', '.join(kinds)})")
-    pattern = steps[0]["pattern"].get("Regex") if kinds[0] == "Split" else GPT2_PATTERN
+        kinds = [step["type"] for step in steps]
+        pattern = split_pattern(steps, kinds, spec.get("normalizer"), name)
+        ranks = merge_ranks(spec["model"]["vocab"], spec["model"]["merges"], name)
+        special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is not a tokenizer.json with a BPE model "
+                         f"({type(error).__name__}: {error})") from None
+    ranks = {token: rank for token, rank in ranks.items() if rank not in special.values()}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
+
+def split_pattern(steps, kinds, normalizer, name):
+    """The regular expression that cuts text into words. Raises ValueError if that is not all."""
+    isolated = all(step.get("behavior") == "Isolated" and not step.get("invert")
+                   for step in steps[:-1])
+    if kinds not in (["Split", "ByteLevel"], ["ByteLevel"]) or normalizer or not isolated \
+            or steps[-1].get("add_prefix_space"):
+        raise ValueError(f"{name} is not byte-level BPE without normalizer "
+                         f"(pre-tokenizer: {', '.join(kinds)})")
+    return steps[0]["pattern"]["Regex"] if kinds[0] == "Split" else GPT2_PATTERN
+
+
+def merge_ranks(vocabulary, merges, name):
+    """{bytes: id} of the 256 bytes and of every merge, whose ids must rise in order."""
     character = byte_characters()
-    as_bytes = lambda token: bytes(character[c] for c in token)
     ranks = {bytes([byte]): vocabulary.get(c) for c, byte in character.items()}
     if None in ranks.values():
         raise ValueError(f"{name} lacks {list(ranks.values()).count(None)} of the 256 bytes: it "
-                         f"cannot write any text")
+                         "cannot write any text")
     previous = -1
     for merge in merges:
         joined = "".join(merge.split(" ") if isinstance(merge, str) else merge)
         rank = vocabulary[joined]
         if rank <= previous:
             raise ValueError(f"{name}: ids do not rise in merge order (at {joined!r}), which "
-                             f"tiktoken needs")
-        ranks[as_bytes(joined)] = previous = rank
-    special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-    ranks = {token: rank for token, rank in ranks.items() if rank not in special.values()}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+                             "tiktoken needs")
+        ranks[bytes(character[c] for c in joined)] = previous = rank
+    return ranks
+
+
+def assigned_ids(encoding):
+    """The ids that stand for something, in order; a vocabulary may have holes."""
+    return sorted({*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()})
 
 
 def make_tokenizer(spec, texts, vocab_size):
@@ -394,19 +422,23 @@ def pack(texts, encoding, separator):
     return np.concatenate([np.array([separator, *ids], dtype=dtype) for ids in encoded])
 
 
-def load_data(data="stdlib", tokenizer="bpe", vocab_size=4096):
-    """TokenData of --data and --tokenizer. Raises FileNotFoundError or ValueError with one line."""
+def load_data(data="stdlib", tokenizer="bpe", vocab_size=4096, tokenizer_json=None):
+    """TokenData of --data and --tokenizer, or of a tokenizer_json that is there already.
+
+    Raises FileNotFoundError or ValueError with one line.
+    """
     if (pathlib.Path(data) / "shards.json").exists():
         return load_shards(data)
     documents = stdlib_documents() if data == "stdlib" else user_documents(data)
     train, validation = split_documents(documents)
-    tokenizer_json = make_tokenizer(tokenizer, train, vocab_size)
+    tokenizer_json = tokenizer_json or make_tokenizer(tokenizer, train, vocab_size)
     encoding = encoding_from_json(tokenizer_json)
     separator = separator_id(encoding)
     return TokenData(TokenStream([pack(train, encoding, separator)]),
                      TokenStream([pack(validation, encoding, separator)]),
                      sum(len(text.encode()) for text in validation), xz_bits_per_byte(validation),
-                     tokenizer_json, encoding, separator, fingerprint(data, documents))
+                     tokenizer_json, encoding, separator,
+                     with_tokenizer(fingerprint(data, documents), tokenizer_json))
 
 
 def write_shards(token_data, folder, shard_tokens=10 ** 8):
@@ -415,7 +447,7 @@ def write_shards(token_data, folder, shard_tokens=10 ** 8):
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "shards.json").exists():
         raise FileExistsError(f"{folder} holds shards already: name another folder")
-    files = {}
+    files, tokens = {}, {}
     for split in ("train", "validation"):
         stream = getattr(token_data, split)
         dtype, files[split] = stream.arrays[0].dtype, []
@@ -424,8 +456,10 @@ def write_shards(token_data, folder, shard_tokens=10 ** 8):
             stream.read(start,
                         min(start + shard_tokens, len(stream))).astype(dtype).tofile(folder / name)
             files[split].append(name)
+            tokens[name] = min(shard_tokens, len(stream) - start)
     (folder / "tokenizer.json").write_text(token_data.tokenizer_json, encoding="utf-8")
-    meta = dict(dtype=dtype.name, validation_bytes=token_data.validation_bytes, files=files,
+    meta = dict(dtype=dtype.name, tokens=tokens, files=files,
+                validation_bytes=token_data.validation_bytes,
                 fingerprint=token_data.fingerprint)
     (folder / "shards.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
@@ -433,21 +467,23 @@ def write_shards(token_data, folder, shard_tokens=10 ** 8):
 def load_shards(folder):
     """TokenData of memory-mapped shards. Raises with one line on missing or cut files."""
     folder = pathlib.Path(folder)
-    meta = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
-    streams = {}
-    for split, names in meta["files"].items():
-        for name in names:
-            size = (folder / name).stat().st_size if (folder / name).exists() else 0
-            if not size or size % np.dtype(meta["dtype"]).itemsize:
-                raise ValueError(f"{folder / name}, named by shards.json, is missing, empty or "
-                                 f"cut short")
-        streams[split] = TokenStream([np.memmap(folder / name, meta["dtype"], "r")
-                                      for name in names])
+    try:
+        meta = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
+        dtype, files, counts = np.dtype(meta["dtype"]), meta["files"], meta["tokens"]
+        corpus, text_bytes = meta["fingerprint"], meta["validation_bytes"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'shards.json'} is not what --write-shards writes") from None
+    for name in [*files["train"], *files["validation"]]:
+        size = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if size != counts[name] * dtype.itemsize:
+            raise ValueError(f"{folder / name} has {size} bytes, shards.json says {counts[name]} "
+                             f"tokens of {dtype.name}: missing or cut short")
+    streams = {split: TokenStream([np.memmap(folder / name, dtype, "r") for name in names])
+               for split, names in files.items()}
     tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
     encoding = encoding_from_json(tokenizer_json)
-    return TokenData(streams["train"], streams["validation"], meta["validation_bytes"], None,
-                     tokenizer_json,
-                     encoding, separator_id(encoding), meta["fingerprint"])
+    return TokenData(streams["train"], streams["validation"], text_bytes, None, tokenizer_json,
+                     encoding, separator_id(encoding), with_tokenizer(corpus, tokenizer_json))
 
 
 class Batches:
@@ -544,8 +580,9 @@ def statistics(run):
     xz = token_data.validation_xz
     print("xz -9e       " + ("not computed for shards" if xz is None
                              else f"{xz:.3f} bits a byte on validation text"))
-    start = int(np.random.default_rng(run.seed).integers(len(stream) - 40))
-    pieces = (encoding.decode_single_token_bytes(int(i)) for i in stream.read(start, start + 40))
+    start = int(np.random.default_rng(run.seed).integers(max(1, len(stream) - 40)))
+    shown = stream.read(start, min(start + 40, len(stream)))
+    pieces = (encoding.decode_single_token_bytes(int(i)) for i in shown)
     print("example      " + "|".join(piece.decode("utf-8", "replace").replace("\n", "\\n")
                                      for piece in pieces))
     if run.write_shards:

@@ -28,7 +28,7 @@ import time
 
 import torch
 
-from data import encoding_from_json, parse_flags, run_script, separator_id
+from data import assigned_ids, encoding_from_json, parse_flags, run_script, separator_id
 from model import decode_settings, load_hf, tune_cpu
 
 # ------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     top_p keeps the fewest tokens whose probability reaches p (the one that crosses it included).
     Filters in fp32.
     """
-    if temperature == 0:
+    if temperature < 1e-4:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -100,7 +100,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def check_sampling(temperature, top_k, top_p):
     """Raises ValueError, naming what is out of range."""
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}, must be 0 (greedy) or more")
     if top_k < 0:
         raise ValueError(f"top-k is {top_k}, must be 0 (off) or more")
@@ -154,12 +154,14 @@ def generate(model, encoding, prompt, max_tokens=200, temperature=0.8, top_k=0, 
     generator = torch.Generator(device).manual_seed(seed)
     cache = model.init_cache(1, max_len)
     stream = TextStream(stop)
+    unassigned = torch.full((model.config.vocab_size,), -torch.inf, device=device)
+    unassigned[assigned_ids(encoding)] = 0      # ids that the tokenizer has no text for
 
     start = time.perf_counter()
     logits = prefill(model, cache, torch.tensor([ids], device=device))
     middle, count = time.perf_counter(), 0
     while count < max_tokens:
-        token = sample(logits[:, :encoding.n_vocab], temperature, top_k, top_p, generator)
+        token = sample(logits + unassigned, temperature, top_k, top_p, generator)
         count += 1
         if token.item() == separator:
             break
@@ -207,6 +209,8 @@ def pick_device(name):
     if name == "auto":
         found = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
         return next((device for device, there in found if there), "cpu")
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device is {name!r}, must be auto, cuda, mps or cpu")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

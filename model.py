@@ -96,6 +96,8 @@ class HybridConfig:
         if "M" in self.pattern and self.mamba_heads % self.n_groups:
             raise ValueError(f"mamba_heads {self.mamba_heads} must be a multiple of "
                              f"n_groups {self.n_groups}")
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even for rotary positions")
 
     @classmethod
     def preset(cls, name, **changes):
@@ -376,7 +378,7 @@ class Attention(nn.Module):
         if kv is not None:
             total = pos + x.shape[1]
             kv[0, :, :, pos:total], kv[1, :, :, pos:total] = k, v
-            k, v = kv[:, :, :, :total]
+            k, v = kv[:, :, :, :total].to(q.dtype)
         y = self.attend(q, k, v, pos, mask)  # (b, heads, t, head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -480,9 +482,11 @@ class HybridLM(nn.Module):
         on by t.
         """
         b, t = tokens.shape
-        x = self.embed(tokens)
         if cache is not None:
+            if seq_idx is not None:
+                raise ValueError("seq_idx is for training: a cache holds one document a row")
             cache.check(b, t)
+        x = self.embed(tokens)
         mask = document_mask(seq_idx)
         for i, block in enumerate(self.backbone.layers):
             x = block(x, **layer_state(block.letter, i, cache, seq_idx, mask))
@@ -498,6 +502,9 @@ class HybridLM(nn.Module):
         cache). Raises ValueError for tokens outside the vocabulary and for a cache that is full or
         of another batch.
         """
+        if cache is not None and torch.is_grad_enabled():       # a cache is written in place
+            with torch.no_grad():
+                return self.forward(tokens, cache, last_only, seq_idx)
         h = self.hidden(tokens, cache, seq_idx)
         logits = self.lm_head(h[:, -1:] if last_only else h)
         return logits.to(accumulator(logits))
@@ -570,6 +577,8 @@ def config_from_hf(values):
     if pattern is None:
         layers = values.get("layers_block_type") or []
         pattern = "".join(HF_LAYERS.get(layer, "?") for layer in layers)
+    if not isinstance(pattern, str):
+        raise ValueError(f"config.json: hybrid_override_pattern is {pattern!r}, must be a string")
     values = {"head_dim": values.get("attention_head_dim"), **values}
     known = {ours: values[theirs] for ours,
              theirs in HF_FIELDS.items() if values.get(theirs) is not None}
@@ -578,7 +587,8 @@ def config_from_hf(values):
                                                      "d_conv")]
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)} missing")
-    return HybridConfig(pattern=pattern, rope_theta=values.get("rope_theta"), **known)
+    rope = values.get("rope_theta") if values["model_type"] == "nemotron_h_rope" else None
+    return HybridConfig(pattern=pattern, rope_theta=rope, **known)
 
 
 def config_to_hf(config, dtype):
@@ -599,11 +609,14 @@ def config_to_hf(config, dtype):
 def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError or ValueError with one line."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return value
 
 
 def replace_file(path, write):
@@ -611,8 +624,12 @@ def replace_file(path, write):
     half.
     """
     temporary = f"{path}.tmp"
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except Exception as error:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def tensor_files(folder):
@@ -623,7 +640,10 @@ def tensor_files(folder):
     folder = pathlib.Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        files = sorted(set(weight_map.values()))
     elif single.exists():
         files = [single.name]
     else:
@@ -682,11 +702,11 @@ def load_hf(folder, device="cpu", dtype=None):
 
 
 def save_hf(model, folder, shard_bytes=SHARD_BYTES):
-    """Write config.json and model.safetensors (shards above shard_bytes) that transformers opens as
-    NemotronH.
+    """Write a checkpoint that transformers opens as NemotronH: config.json and model.safetensors.
 
-    Every file is written under another name and renamed; a tensor's dtype is kept. The config goes
-    last.
+    Above shard_bytes there are several files. Each is written under another name and renamed;
+    dtypes are kept. One file replaces one file at once; if there are several, before or after, the folder
+    has no config.json until all are there, so that no mixture of two checkpoints can be loaded.
     """
     from safetensors.torch import save_file
     folder = pathlib.Path(folder)
@@ -698,6 +718,9 @@ def save_hf(model, folder, shard_bytes=SHARD_BYTES):
         shards[-1][name] = p.detach().contiguous()
         size += p.nbytes
 
+    stale = {path.name for path in folder.glob("model*.safetensors*")}
+    if len(shards) > 1 or stale - {"model.safetensors"}:
+        (folder / "config.json").unlink(missing_ok=True)    # until the last file is there
     names = ["model.safetensors"] if len(shards) == 1 else \
         [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
@@ -707,17 +730,20 @@ def save_hf(model, folder, shard_bytes=SHARD_BYTES):
         weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
         total = sum(p.nbytes for p in model.parameters())
         write_json(index, dict(metadata=dict(total_size=total), weight_map=weight_map))
-    elif index.exists():
-        index.unlink()
+        names.append(index.name)
+    for name in stale - set(names):
+        (folder / name).unlink()
     write_json(folder / "config.json", config_to_hf(model.config, model.lm_head.weight.dtype))
+
+
+def write_text(path, text):
+    """Write a text file, under another name first."""
+    replace_file(path, lambda name: pathlib.Path(name).write_text(text, encoding="utf-8"))
 
 
 def write_json(path, value):
     """Write one JSON object, under another name first."""
-    text = json.dumps(value, indent=2)
-    replace_file(path,
-                 lambda temporary: pathlib.Path(temporary).write_text(text + "\n",
-                                                                      encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------

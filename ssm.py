@@ -37,6 +37,8 @@ Choices, and where others differ
     operands have x's dtype, as in the CUDA kernels. bf16 sums cost 2% in the decays.
   * A chunk's scores live only while the chunk is worked on: memory is O(l) scores plus one state
     per chunk, and what a step touches stays in the CPU's cache.
+  * Differences of fp32 cumulative sums lose digits after a huge step: y is off by 4e-5 behind one
+    dt = 100 at A = -16, by 6e-3 behind dt = 10000. Trained models stay below 10.
   * seq_idx resets at every *change*: 0 1 0 are three documents. (mamba_ssm compares values.)
     initial_states belong to the document at position 0.
 
@@ -87,6 +89,8 @@ def _prepare(x, dt, A, B, C, D, initial_states, seq_idx):
     """
     b, t, h, p = x.shape
     g, n = B.shape[2:]
+    if not b * t:
+        raise ValueError(f"x has shape {tuple(x.shape)}: at least one row and one token are needed")
     wanted = dict(dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)),
                   D=(D, (h,)),
                   initial_states=(initial_states, (b, h, p, n)), seq_idx=(seq_idx, (b, t)))
@@ -421,7 +425,8 @@ def causal_conv1d(x, weight, bias, *, initial_states=None, seq_idx=None):
     if initial_states is None:
         initial_states = x.new_zeros(b, channels, width - 1)
     before = initial_states.to(x.dtype).transpose(1, 2)  # (b, width - 1, channels)
-    final_states = torch.cat([before, x[:, -(width - 1):]], 1)[:, -(width - 1):].transpose(1, 2)
+    tail = torch.cat([before, x[:, max(0, t - width + 1):]], 1)
+    final_states = tail[:, tail.shape[1] - width + 1:].transpose(1, 2)
     bias = weight.new_zeros(channels) if bias is None else bias
     return _ConvSilu.apply(x, weight, bias, before, documents(seq_idx)), final_states
 

@@ -39,7 +39,8 @@ import torch
 from tqdm import tqdm
 
 from data import Batches, load_data, parse_flags, run_script, validation_batches
-from model import HybridConfig, HybridLM, median_seconds, replace_file, save_hf, tune_cpu
+from model import (HybridConfig, HybridLM, median_seconds, replace_file, save_hf, tune_cpu,
+                   write_text)
 
 RECIPES = ("bf16",)
 
@@ -84,10 +85,21 @@ class Run:
         if self.batch_size % self.grad_accum:
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --grad-accum "
                              f"{self.grad_accum}")
-        if not self.lr > 0 or not 0 <= self.warmup + self.decay <= 1:
-            raise ValueError(f"--lr {self.lr} must be positive, --warmup {self.warmup} + --decay "
-                             f"{self.decay} "
-                             "at most 1")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} is {getattr(self, name)}, must be positive")
+        for name in ("weight_decay", "seed", "stop_after"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be "
+                                 "at least 0")
+        for name in ("min_lr", "warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be "
+                                 "from 0 to 1")
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"--warmup {self.warmup} + --decay {self.decay} must be at most 1")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume continues, --overwrite starts anew: give one of them")
 
 
 SESSION_FLAGS = ("device", "out", "resume", "overwrite", "stop_after", "eval_every", "save_every")
@@ -171,70 +183,88 @@ def same_run(saved, run):
             return f"{name} {saved.get(name)!r}, now {value!r}"
 
 
+RUN_FILES = ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl",
+             "train_state.pt", "loss.png")
+
+
 def open_folder(run):
-    """The state to continue from, or None for a fresh start. Raises FileExistsError rather than
-    mixing two runs.
+    """The state to continue from, or None for a fresh start; writes nothing.
+
+    Raises FileExistsError rather than mixing two runs, ValueError for a state that is not one.
     """
     folder = pathlib.Path(run.out)
     state_file = folder / "train_state.pt"
-    if state_file.exists() and not run.overwrite:
+    if run.overwrite:
+        return None
+    if state_file.exists():
         try:
             state = torch.load(state_file, map_location="cpu", weights_only=True)
+            difference = same_run(state["run"], run)
         except Exception as error:      # torch raises many kinds for a file that is not its own
             raise ValueError(f"{state_file} cannot be read ({type(error).__name__}): move it "
-                             f"away, or --overwrite")
-        difference = same_run(state["run"], run)
+                             "away, or --overwrite") from None
         if difference:
             raise FileExistsError(f"{folder} holds another run ({difference}): choose another "
-                                  f"--out, or --overwrite")
+                                  "--out, or --overwrite")
         return state
     if run.resume:
         raise FileNotFoundError(f"{state_file} does not exist: nothing to resume")
-    if (folder / "config.json").exists() and not run.overwrite:
-        raise FileExistsError(f"{folder} holds a model that this run did not make: choose another "
-                              f"--out, "
-                              "or --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train_state.pt", "metrics.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    foreign = [name for name in RUN_FILES if (folder / name).exists()]
+    if foreign:
+        raise FileExistsError(f"{folder} holds a {foreign[0]} that this run did not make: choose "
+                              "another --out, or --overwrite")
     return None
 
 
-def save_state(run, model, optimizer, batches, step, fingerprint, matmul):
+def clear_folder(run):
+    """Make the folder, remove what an overwritten run left; last the state, which guards it."""
+    folder = pathlib.Path(run.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(RUN_FILES, key=lambda name: name == "train_state.pt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def save_state(run, model, optimizer, batches, step, token_data, matmul):
     """train_state.pt: all that resuming needs, whole or not at all."""
     state = dict(run=dataclasses.asdict(run), step=step, position=batches.position,
-                 model=model.state_dict(),
-                 optimizer=optimizer.state_dict(), fingerprint=fingerprint,
-                 rng=torch.get_rng_state(),
-                 compute_dtype=str(model.compute_dtype)[6:], matmul=matmul)
-    replace_file(pathlib.Path(run.out) / "train_state.pt", lambda path: torch.save(state, path))
+                 model=model.state_dict(), optimizer=optimizer.state_dict(),
+                 fingerprint=token_data.fingerprint, tokenizer_json=token_data.tokenizer_json,
+                 rng=torch.get_rng_state(), compute_dtype=str(model.compute_dtype)[6:],
+                 matmul=matmul)
+    path = pathlib.Path(run.out) / "train_state.pt"
+    replace_file(path, lambda temporary: torch.save(state, temporary))
+
+
+def read_rows(path):
+    """The objects of metrics.jsonl; a line that was cut short ends them."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def finished_result(run):
+    """The result of a run that has ended and reported, or None."""
+    rows = read_rows(pathlib.Path(run.out) / "metrics.jsonl")
+    return rows[-1].get("final") if rows else None
 
 
 class Metrics:
     """metrics.jsonl: one object a step. On resuming, lines after the checkpoint are dropped."""
 
     def __init__(self, path, step):
-        kept = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n")
-                    and json.loads(line)["step"] <= step]
-        replace_file(path,
-                     lambda temporary: pathlib.Path(temporary).write_text("".join(kept),
-                                                                          encoding="utf-8"))
-        self.rows, self.file = [json.loads(line) for line in kept], open(path, "a",
-                                                                         encoding="utf-8")
+        self.rows = [row for row in read_rows(path) if row["step"] <= step and "loss" in row]
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_text(path, text)
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, **row):
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-
-
-def last_row(run):
-    """The last line of metrics.jsonl; it has the key "final" once the run has reported."""
-    text = (pathlib.Path(run.out) / "metrics.jsonl").read_text(encoding="utf-8")
-    return json.loads(text.splitlines()[-1])
 
 
 class StopRequest:
@@ -269,6 +299,10 @@ def train_step(model, optimizer, batches, run, lr, device):
         loss.backward()
         total += loss.detach()
     gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+    if not math.isfinite(total) or not math.isfinite(gnorm):
+        raise ValueError(f"the loss is {float(total):g} and the gradient norm {float(gnorm):g}: "
+                         f"start anew with --overwrite and a lower --lr (it was {run.lr:g}); the "
+                         "last checkpoint is from before")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -276,26 +310,33 @@ def train_step(model, optimizer, batches, run, lr, device):
     return float(total), float(gnorm)
 
 
-def train(run, model, token_data, state=None, matmul=None):
-    """Train model on token_data as run says, from state if given. Returns (finished, rows of
-    metrics.jsonl).
-
-    Writes train_state.pt every save_every steps, on Ctrl-C and at the end, so that stopping loses
-    nothing and N + N steps equal 2N bit for bit on a CPU.
-    """
-    folder, device = pathlib.Path(run.out), model.lm_head.weight.device
+def make_batches(run, token_data, position=0):
+    """The run's training windows from a position on. Raises ValueError if the text is too short."""
     separator = token_data.separator if run.reset_documents else None
+    return Batches(token_data.train, run.batch_size // run.grad_accum, run.seq_len, run.seed,
+                   position, separator)
+
+
+def train(run, model, token_data, state=None, matmul=None):
+    """Train model as run says, from state if given. Returns the rows of metrics.jsonl.
+
+    Writes train_state.pt at the start, every save_every steps, on Ctrl-C and at the end, so that
+    stopping loses nothing and N + N steps equal 2N bit for bit on a CPU. Raises ValueError, and
+    keeps the last checkpoint, when the loss or the gradient is not finite.
+    """
+    device, separator = model.lm_head.weight.device, token_data.separator
     optimizer = make_optimizer(model, run.lr, run.weight_decay)
-    batches = Batches(token_data.train, run.batch_size // run.grad_accum, run.seq_len, run.seed,
-                      separator=separator)
-    first = 0
-    if state is not None:
-        first, batches.position = state["step"], state["position"]
+    first = saved = 0 if state is None else state["step"]
+    batches = make_batches(run, token_data, 0 if state is None else state["position"])
+    save = lambda step: save_state(run, model, optimizer, batches, step, token_data, matmul)
+    if state is None:
+        save(0)
+    else:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
     last = run.steps if not run.stop_after else min(run.steps, first + run.stop_after)
-    metrics, step = Metrics(folder / "metrics.jsonl", first), first
+    metrics, step = Metrics(pathlib.Path(run.out) / "metrics.jsonl", first), first
     tokens_a_step = run.batch_size * run.seq_len
 
     with StopRequest() as stop, tqdm(total=run.steps, initial=first, unit="step",
@@ -305,22 +346,21 @@ def train(run, model, token_data, state=None, matmul=None):
             lr = wsd(step, run.steps, run.lr, run.warmup, run.decay, run.min_lr)
             loss, gnorm = train_step(model, optimizer, batches, run, lr, device)
             seconds, step = time.perf_counter() - start, step + 1
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {step}: lower --lr (it was "
-                                 f"{run.lr:g}); "
-                                 f"{folder} keeps the last checkpoint")
             row = dict(step=step, loss=loss, gnorm=gnorm, lr=lr, ms=1e3 * seconds,
                        tokens=step * tokens_a_step)
             if step % run.eval_every == 0 and step < run.steps:
                 row["val_loss"] = evaluate(model, token_data.validation, run.batch_size,
-                                           run.seq_len, separator,
+                                           run.seq_len, separator if run.reset_documents else None,
                                            limit=8 * tokens_a_step)
             metrics.write(**row)
             bar.update()
             tqdm.write(log_line(row, run.steps, tokens_a_step), file=sys.stdout)
-            if step % run.save_every == 0 or step == last or stop.asked:
-                save_state(run, model, optimizer, batches, step, token_data.fingerprint, matmul)
-    return step == run.steps, metrics.rows
+            if step % run.save_every == 0:
+                save(step)
+                saved = step
+    if step > saved:
+        save(step)
+    return metrics.rows
 
 
 def log_line(row, steps, tokens_a_step):
@@ -380,27 +420,26 @@ def announce(run, config, token_data, device):
 
 def body(run):
     from infer import generate, pick_device, pick_dtype
-    device, state = pick_device(run.device), open_folder(run)
-    if state is not None and "final" in (done := last_row(run)):
-        print(f"finished already: {run.out} holds all {run.steps} steps (--overwrite trains anew)")
-        return done["final"]
-    changes = dict(pattern=run.pattern) if run.pattern else {}
-    config = HybridConfig.preset(run.preset, **changes)
-    folder, start = pathlib.Path(run.out), time.perf_counter()
-    token_data = load_data(run.data, run.tokenizer, config.vocab_size)
+    start, folder = time.perf_counter(), pathlib.Path(run.out)
+    device, dtype = pick_device(run.device), pick_dtype(run.compute_dtype)
+    state = open_folder(run)
+    if state is not None and state["step"] == run.steps and finished_result(run):
+        print(f"finished already: {folder} holds all {run.steps} steps (--overwrite trains anew)")
+        return finished_result(run)
+
+    config = HybridConfig.preset(run.preset, **(dict(pattern=run.pattern) if run.pattern else {}))
+    token_data = load_data(run.data, run.tokenizer, config.vocab_size,
+                           state and state["tokenizer_json"])
     if state is not None and state["fingerprint"] != token_data.fingerprint:
-        raise ValueError(f"the corpus has changed since {folder} was begun (sha256 "
-                         f"{state['fingerprint']['sha256'][:12]}, now "
-                         f"{token_data.fingerprint['sha256'][:12]})")
+        raise ValueError(f"the corpus or its tokenizer has changed since {folder} was begun: "
+                         f"{state['fingerprint']}, now {token_data.fingerprint}")
+    trial = make_batches(run, token_data).next()
     config = dataclasses.replace(config, vocab_size=token_data.vocab_size,
                                  bos_token_id=token_data.separator)
-    replace_file(folder / "tokenizer.json",
-                 lambda path: pathlib.Path(path).write_text(token_data.tokenizer_json,
-                                                            encoding="utf-8"))
-
     torch.manual_seed(run.seed)
     model = HybridLM(config).to(device)
     announce(run, config, token_data, device)
+
     matmul = None
     if device == "cpu":
         print(f"settings     {tune_cpu(state and state['matmul'])}")
@@ -408,19 +447,20 @@ def body(run):
     if state is not None:
         model.compute_dtype = getattr(torch, state["compute_dtype"])
         print(f"resuming     at step {state['step']} of {run.steps}")
-    elif run.compute_dtype != "auto" or device != "cpu":
-        model.compute_dtype = pick_dtype(run.compute_dtype) or torch.bfloat16
-    else:
-        trial = Batches(token_data.train, max(1, run.batch_size // run.grad_accum), run.seq_len,
-                        run.seed).next()
+    elif dtype is None and device == "cpu":
         model.compute_dtype = faster_dtype(model, *trial[:2])
+    else:
+        model.compute_dtype = dtype or torch.bfloat16
 
-    finished, rows = train(run, model, token_data, state, matmul)
+    if state is None:
+        clear_folder(run)           # nothing was written before every flag and file proved good
+    rows = train(run, model, token_data, state, matmul)
+    write_text(folder / "tokenizer.json", token_data.tokenizer_json)
     save_hf(model, folder)
-    if not finished:
-        print(f"stopped at step {rows[-1]['step'] if rows else 0} of {run.steps}, saved; the same "
-              f"command continues")
-        return dict(recipe=run.recipe, step=rows[-1]["step"] if rows else 0, out=run.out)
+    step = rows[-1]["step"] if rows else 0
+    if step < run.steps:
+        print(f"stopped at step {step} of {run.steps}, saved; the same command continues")
+        return dict(recipe=run.recipe, step=step, out=run.out)
     result = report(run, model, token_data, rows, start, generate)
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(dict(step=run.steps, final=result)) + "\n")

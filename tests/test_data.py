@@ -92,12 +92,27 @@ def test_user_text_of_every_kind(tmp_path):
     (None, None, "does not exist"), ("a.txt", b"", "has no text"), ("a.txt", b" \n", "has no text"),
     ("a.txt", b"\x89PNG\r\n\x1a\n\xff", "is not UTF-8 text"), ("a.txt", b"ab\x00cd", "is binary"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2 is not an object with a text key"),
-    ("a.jsonl", b"[1]\n", "line 1 is not an object"), ("a.jsonl", b"nope\n", "line 1 is not")])
+    ("a.jsonl", b"[1]\n", "line 1 is not an object"), ("a.jsonl", b"nope\n", "line 1 is not an object"),
+    ("a.jsonl", b'{"text": null}\n', "line 1 is not"), ("a.jsonl", b'{"text": [1]}\n', "line 1 is not")])
 def test_text_that_cannot_be_read_is_named_in_one_line(tmp_path, fails, name, content, words):
     path = tmp_path / (name or "missing")
     if name:
         path.write_bytes(content)
     assert words in fails(data.main, ["--data", str(path)])
+
+
+def test_jsonl_is_cut_at_line_feeds_alone_and_hidden_folders_are_not_read(tmp_path):
+    text = "\ufeff" + json.dumps({"text": "one\u2028line\u0085"}, ensure_ascii=False) + "\r\n"
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "lib.py").write_text("not mine")
+    assert [text for _, text in data.user_documents(tmp_path)] == ["one\u2028line\u0085"]
+
+
+def test_statistics_of_a_few_words(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("hello world")
+    data.main(["--data", str(tmp_path / "a.txt"), "--tokenizer", "bytes"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] == 11
 
 
 def test_an_empty_folder_is_named(tmp_path, fails):
@@ -182,6 +197,9 @@ def broken(tokenizer_json, change):
     (lambda s: s.update(normalizer={"type": "NFC"}), "not byte-level BPE without normalizer"),
     (lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer: Whitespace"),
     (lambda s: s["model"]["vocab"].pop("A"), "lacks 1 of the 256 bytes"),
+    (lambda s: s["model"]["vocab"].popitem(), "is not a tokenizer.json with a BPE model"),
+    (lambda s: s["model"].update(vocab=[]), "is not a tokenizer.json with a BPE model"),
+    (lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "not byte-level"),
     (lambda s: s["model"]["merges"].reverse(), "do not rise in merge order")])
 def test_tokenizers_of_another_kind_are_named(tokenizer_json, change, words):
     with pytest.raises(ValueError, match=words):
@@ -223,6 +241,7 @@ def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order():
         assert len({start // 10 for start in starts}) == n and len({start % 10
                                                                     for start in starts}) == 1
         assert max(starts) + 10 < 1000
+    assert len({batches.start_of(epoch * n) % 10 for epoch in range(20)}) > 3      # borders move
     assert [batches.start_of(i) for i in range(n)] != [batches.start_of(n + i) for i in range(n)]
     assert [batches.start_of(i) for i in range(n)] != [Batches(stream(), 1, 10, seed=4).start_of(i)
                                                        for i in range(n)]
@@ -274,8 +293,9 @@ def test_shards_hold_the_same_tokens(tmp_path):
         assert getattr(token_data, name) == getattr(again, name)
     with pytest.raises(FileExistsError, match="holds shards already"):
         write_shards(token_data, tmp_path / "shards")
-    (tmp_path / "shards" / "train-00001.bin").write_bytes(b"odd")
-    with pytest.raises(ValueError, match="missing, empty or cut short"):
+    with open(tmp_path / "shards" / "train-00001.bin", "r+b") as file:
+        file.truncate(3000)                                             # still whole tokens
+    with pytest.raises(ValueError, match="missing or cut short"):
         load_data(str(tmp_path / "shards"))
 
 

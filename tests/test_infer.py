@@ -116,6 +116,27 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold_whatever_the_order():
     assert drawn == {1, 3}
 
 
+def test_generate_hands_its_filters_on(loaded):
+    """top_k = 1 and a tiny top_p are greedy at any temperature; so is a temperature near 0."""
+    say = lambda **k: "".join(generate(*loaded, "import", max_tokens=15, **k))
+    greedy = say(temperature=0)
+    assert say(temperature=5.0, top_k=1, top_p=1) == say(temperature=5.0, top_p=1e-6) == greedy
+    assert say(temperature=1e-45) == greedy != say(temperature=5.0, top_p=1)
+
+
+def test_generation_ends_when_the_cache_is_full(loaded):
+    stats = {}
+    list(generate(*loaded, "", max_tokens=50, max_len=6, temperature=0, stats=stats))
+    assert stats["prompt_tokens"] == 1 and stats["tokens"] == 6      # the last one is not fed back
+
+
+def test_ids_without_text_are_never_drawn(run_folder, tokenizer_json):
+    """A model with more rows than the tokenizer has ids: the spare ones cannot be said."""
+    encoding = encoding_from_json(make_tokenizer("bytes", [], 0))
+    model = Scripted([300], 400, run_folder)         # id 300 of 257
+    assert len("".join(generate(model, encoding, "p", max_tokens=5, temperature=0))) <= 5
+
+
 # ------------------------------------------------------------------------------------------------
 # The stream
 
@@ -164,7 +185,7 @@ def test_generation_stops_at_strings_separator_and_limits(run_folder, tokenizer_
 def test_streamed_emoji_split_over_tokens_are_whole(run_folder):
     encoding = encoding_from_json(make_tokenizer("bytes", [], 0))
     text = "a🙂日b"
-    pieces = list(generate(Scripted(list(text.encode()), 272, run_folder), encoding, "p",
+    pieces = list(generate(Scripted(list(text.encode()), 400, run_folder), encoding, "p",
                            max_tokens=len(text.encode()), temperature=0))
     assert "".join(pieces) == text and pieces == ["a", "🙂", "日", "b"]
 
@@ -184,12 +205,13 @@ def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--tokens", "0"], "--tokens is 0"), (["--temperature", "-1"], "temperature is -1.0"),
+    (["--tokens", "0"], "--tokens is 0"), (["--temperature", "nan"], "temperature is nan"),
+    (["--temperature", "-1"], "temperature is -1.0"),
     (["--top-p", "0"], "top-p is 0.0"), (["--top-k", "-3"], "top-k is -3"),
                                           (["--dtype", "fp4"], "--dtype is 'fp4'"),
     (["--context", "3"], "tokens, the cache holds 3"),
                                           (["--checkpoint", "/nowhere"], "has no config.json"),
-    (["--device", "abacus"], "--device abacus")])
+    (["--device", "abacus"], "--device is 'abacus', must be auto")])
 def test_bad_flags_are_one_line(fails, run_folder, flags, words):
     argv = ["--checkpoint", str(run_folder), "--device", "cpu", "--prompt",
             "a longer prompt than three", *flags]

@@ -272,6 +272,24 @@ def test_packed_documents_do_not_see_each_other():
     assert_close([model(tokens, seq_idx=seq_idx)], [torch.cat(alone, 1)], ["logits"], 1e-10)
 
 
+def test_a_cache_is_used_without_gradients_and_for_one_document_a_row():
+    model, tokens = tiny(), torch.randint(0, 61, (2, 9))
+    cache = model.init_cache(2, 12)
+    for part in tokens.split([1, 5, 3], 1):
+        assert not model(part, cache).requires_grad
+    assert not [m for m in cache.tensors() if m.requires_grad]
+    with pytest.raises(ValueError, match="a cache holds one document a row"):
+        model(tokens[:, :1], cache, seq_idx=torch.zeros(2, 1))
+
+
+@torch.no_grad()
+def test_a_cache_may_have_another_dtype_than_the_model():
+    model, tokens = tiny(torch.float32), torch.randint(0, 61, (1, 9))
+    cache = model.init_cache(1, 9, dtype=torch.bfloat16)
+    parts = [model(part, cache) for part in tokens.split([4, 1, 4], 1)]
+    assert_close([torch.cat(parts, 1)], [model(tokens)], ["logits"], 3e-2)
+
+
 def test_what_does_not_fit_is_named():
     model = tiny()
     with pytest.raises(ValueError, match="tokens span 0 to 61, the vocabulary is 0 to 60"):
@@ -396,6 +414,7 @@ def test_rope_baseline_round_trips_but_does_not_pose_as_nemotron():
     config = HybridConfig(**{**TINY, "pattern": "*-", "rope_theta": 1e4})
     values = config_to_hf(config, torch.float32)
     assert values["model_type"] == "nemotron_h_rope" and config_from_hf(values) == config
+    assert config_from_hf({**values, "model_type": "nemotron_h"}).rope_theta is None
 
 
 LOAD_AND_MEASURE = """
@@ -448,7 +467,10 @@ def test_loading_peaks_at_the_weights_and_one_tensor(tmp_path, dtype, stored):
     (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*-M"), "tensors are missing"),
     (lambda folder: edit(folder, "hybrid_override_pattern", "M-ME-"), "has experts"),
     (lambda folder: edit(folder, "mlp_hidden_act", "silu"), "mlp_hidden_act is 'silu'"),
-    (lambda folder: edit(folder, "ssm_state_size", None), "ssm_state_size missing")])
+    (lambda folder: edit(folder, "ssm_state_size", None), "ssm_state_size missing"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", 5), "must be a string"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a JSON object"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map")])
 def test_broken_and_foreign_checkpoints_are_named(tmp_path, damage, words):
     save_hf(tiny(torch.float32), tmp_path)
     damage(tmp_path)
@@ -467,6 +489,38 @@ def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "model-00002-of-00008.safetensors").unlink(missing_ok=True)
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(FileNotFoundError, match="named by model.safetensors.index.json"):
+        load_hf(tmp_path)
+
+
+def test_saving_over_another_number_of_files_leaves_one_checkpoint(tmp_path):
+    """Single over sharded and back: what is left is what transformers and load_hf both read."""
+    transformers = pytest.importorskip("transformers")
+    tokens = torch.randint(0, 61, (1, 7))
+    for shard_bytes in (10 ** 9, 10_000, 20_000, 10 ** 9):
+        model = tiny(torch.float32)
+        save_hf(model, tmp_path, shard_bytes)
+        count = len(list(tmp_path.glob("model*.safetensors")))
+        assert (count == 1) == (shard_bytes == 10 ** 9)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        for other in (load_hf(tmp_path), lambda m: theirs(m).logits):
+            assert_close([other(tokens)], [model(tokens)], ["logits"], 1e-5)
+
+
+def test_an_interrupted_sharded_save_is_refused_not_mixed(tmp_path, monkeypatch):
+    import safetensors.torch
+    save_hf(tiny(torch.float32), tmp_path, 10_000)
+    real, calls = safetensors.torch.save_file, []
+
+    def full_disk_at_the_third(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 3:
+            raise RuntimeError("No space left on device")
+        real(tensors, path, metadata)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk_at_the_third)
+    with pytest.raises(OSError, match="could not be written: No space left"):
+        save_hf(tiny(torch.float32), tmp_path, 10_000)
+    assert not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
         load_hf(tmp_path)
 
 

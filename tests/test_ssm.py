@@ -237,6 +237,13 @@ def test_shapes_that_do_not_fit_are_named(change, words):
             form(**arguments)
 
 
+@pytest.mark.parametrize("form", [ssd_recurrent, ssd_quadratic, ssd_chunked])
+def test_no_tokens_and_no_rows_are_refused(form):
+    for b, t in ((0, 5), (2, 0)):
+        with pytest.raises(ValueError, match="at least one row and one token"):
+            form(*random_inputs(b, t, 4, 3, 2, 5))
+
+
 def test_an_unknown_backend_is_named():
     leaves, _ = inputs()
     with pytest.raises(ValueError, match="'cuda' is not one of auto"):
@@ -270,6 +277,21 @@ def test_convolution_gradients(packed):
               for s in ((2, 7, 5), (5, 4), (5,), (2, 5, 3))]
     f = lambda x, w, bias, before: causal_conv1d(x, w, bias, initial_states=before, seq_idx=seq_idx)
     assert torch.autograd.gradcheck(f, leaves)
+
+
+def test_the_state_before_belongs_to_the_first_document():
+    """With seq_idx and a state, the first document continues it and the second one does not."""
+    x, weight, bias = torch.randn(1, 5, 6).double(), torch.randn(6, 4).double(), torch.randn(6)
+    before, seq_idx = torch.randn(1, 6, 3).double(), torch.tensor([[7, 7, 8, 8, 8]])
+    y, _ = causal_conv1d(x, weight, bias.double(), initial_states=before, seq_idx=seq_idx)
+    first, _ = causal_conv1d(x[:, :2], weight, bias.double(), initial_states=before)
+    second, _ = causal_conv1d(x[:, 2:], weight, bias.double())
+    assert_close([y], [torch.cat([first, second], 1)], ["y"], 1e-12)
+
+
+def test_a_convolution_of_width_one_keeps_nothing():
+    y, final = causal_conv1d(torch.randn(2, 5, 6), torch.randn(6, 1), None)
+    assert y.shape == (2, 5, 6) and final.shape == (2, 6, 0)
 
 
 def test_convolution_taps_stay_inside_a_document():

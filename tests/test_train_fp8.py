@@ -146,6 +146,17 @@ def test_evaluation_of_a_uniform_model_is_log_v_and_bits_follow():
     assert bits_per_byte(nats, 100, 250) == pytest.approx(5 * 100 / 250)
 
 
+def test_evaluation_is_the_mean_over_tokens_not_over_batches():
+    """A last batch of another size counts by its tokens: plain cross-entropy of all windows at once."""
+    import numpy as np
+    model = HybridLM(HybridConfig(pattern="-", d_model=16, mlp_dim=16, vocab_size=32))
+    tokens = torch.randint(0, 32, (71,))
+    nats = evaluate(model, TokenStream([tokens.numpy().astype(np.uint16)]), 2, 16)
+    logits = model(tokens[None, :-1])[0]            # an MLP alone sees one token: windows do not matter
+    truth = torch.nn.functional.cross_entropy(logits, tokens[1:])
+    assert nats == pytest.approx(truth.item(), rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs
 
@@ -162,6 +173,47 @@ def test_a_run_learns_and_leaves_a_complete_folder(text, tmp_path, capsys):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl",
                      "train_state.pt", "loss.png"}
+
+
+def test_every_flag_reaches_the_run(text, tmp_path):
+    """The logged rates are the schedule; weight decay and kept-apart documents change the weights."""
+    run_main(text, tmp_path / "plain", "--steps", "10", "--decay", "0.5", "--warmup", "0.2")
+    expected = [wsd(i, 10, 3e-3, 0.2, 0.5, 0.01) for i in range(10)]
+    assert [row["lr"] for row in metrics(tmp_path / "plain")] == pytest.approx(expected)
+    for flags in (["--weight-decay", "0"], ["--reset-documents"], ["--clip", "0.001"], ["--seed", "1"]):
+        out = tmp_path / flags[0]
+        run_main(text, out, "--steps", "10", "--decay", "0.5", "--warmup", "0.2", *flags)
+        same = weights(tmp_path / "plain")
+        assert not all(torch.equal(p, same[name]) for name, p in weights(out).items()), flags
+
+
+def test_a_text_that_continues_is_kept_whole_and_a_torn_log_is_mended(text, tmp_path):
+    """A metrics.jsonl that is missing, empty or cut in a line never stands in the way of a good state."""
+    out, flags = tmp_path / "out", ["--steps", "6"]
+    run_main(text, out, *flags, "--stop-after", "2")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "los')
+    run_main(text, out, *flags, "--stop-after", "2")
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4]
+    (out / "metrics.jsonl").write_text("")
+    run_main(text, out, *flags, "--stop-after", "1")
+    (out / "metrics.jsonl").unlink()
+    run_main(text, out, *flags)
+    assert [row["step"] for row in metrics(out)] == [6]
+
+
+def test_a_tokenizer_file_that_changes_does_not_change_a_run(text, tmp_path, capsys):
+    """The run's own tokenizer is in its state."""
+    from data import make_tokenizer, stdlib_documents
+    sources = [source for _, source in stdlib_documents()[:20]]
+    path, out = tmp_path / "t.json", tmp_path / "out"
+    path.write_text(make_tokenizer("bpe", sources, 400), encoding="utf-8")
+    flags = ["--steps", "4", "--tokenizer", str(path)]
+    run_main(text, tmp_path / "whole", *flags)
+    run_main(text, out, *flags, "--stop-after", "2")
+    path.write_text(make_tokenizer("bpe", sources[:3], 350), encoding="utf-8")
+    run_main(text, out, *flags)
+    assert_same_run(tmp_path / "whole", out)
 
 
 def test_two_halves_equal_the_whole_bit_for_bit(text, tmp_path):
@@ -255,12 +307,15 @@ def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text
                                           (["--steps", "0"], "--steps is 0"),
     (["--preset", "huge"], "preset 'huge' is not one of"),
                                           (["--pattern", "M-Q"], "must be letters of M"),
-    (["--pattern", "ME"], "has experts"), (["--lr", "-1"], "--lr -1.0 must be positive"),
+    (["--pattern", "ME"], "has experts"), (["--lr", "-1"], "--lr is -1.0, must be positive"),
     (["--batch-size", "5", "--grad-accum", "2"], "must be a multiple of --grad-accum"),
     (["--warmup", "0.9", "--decay", "0.3"], "at most 1"),
                                           (["--seq-len", "100000"], "do not fill two windows"),
-    (["--device", "tpu"], "--device tpu"),
+    (["--device", "tpu"], "--device is 'tpu', must be auto, cuda"),
         (["--compute-dtype", "int8"], "must be auto, float32 or bfloat16"),
+    (["--clip", "-1"], "--clip is -1.0"), (["--min-lr", "-5"], "--min-lr is -5.0"),
+    (["--warmup", "-0.1"], "--warmup is -0.1"), (["--seed", "-1"], "--seed is -1"),
+    (["--stop-after", "-1"], "--stop-after is -1"), (["--resume", "--overwrite"], "give one of them"),
     (["--data", "/nowhere"], "--data /nowhere does not exist"),
                                           (["--resume"], "nothing to resume")])
 def test_bad_flags_are_one_line(fails, text, tmp_path, flags, words):
@@ -285,7 +340,7 @@ def test_a_folder_that_training_did_not_make_is_refused(fails, text, tmp_path):
     out.mkdir()
     (out / "config.json").write_text("{}")
     argv = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "3"]
-    assert "holds a model that this run did not make" in fails(train_fp8.main, argv)
+    assert "holds a config.json that this run did not make" in fails(train_fp8.main, argv)
     assert [path.name for path in out.iterdir()] == ["config.json"]
 
 
@@ -294,12 +349,36 @@ def test_a_changed_corpus_and_a_broken_state_are_named(fails, text, tmp_path):
                                    "--steps", "4"]
     run_main(text, out, "--steps", "4", "--stop-after", "2")
     (text / "0.txt").write_text("changed")
-    assert "the corpus has changed" in fails(train_fp8.main, argv)
+    assert "the corpus or its tokenizer has changed" in fails(train_fp8.main, argv)
     os.truncate(out / "train_state.pt", 1000)
     assert "train_state.pt cannot be read" in fails(train_fp8.main, argv)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoint(fails, text, tmp_path):
-    argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "60", "--lr",
-            "1e30"]
-    assert "lower --lr" in fails(train_fp8.main, argv)
+    out = tmp_path / "out"
+    argv = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "60", "--save-every", "1"]
+    assert "lower --lr" in fails(train_fp8.main, [*argv, "--lr", "1e30"])
+    state = torch.load(out / "train_state.pt", weights_only=True)
+    assert all(p.isfinite().all() for p in state["model"].values())
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["gnorm"]) for row in metrics(out))
+
+
+def test_overwriting_destroys_nothing_before_the_new_run_is_sound(fails, text, tmp_path):
+    out = tmp_path / "out"
+    run_main(text, out, "--steps", "4", "--stop-after", "2")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    argv = ["--data", "/nowhere", "--out", str(out), *SMALL, "--steps", "4", "--overwrite"]
+    assert "does not exist" in fails(train_fp8.main, argv)
+    argv[1:2] = [str(text), "--seq-len", "99999"]
+    assert "--seq-len" in fails(train_fp8.main, argv[:2] + argv[4:] + argv[2:4])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_stop_before_the_first_step_can_be_continued(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_fp8.StopRequest, "__enter__", lambda self: setattr(self, "asked", True) or self)
+    monkeypatch.setattr(train_fp8.StopRequest, "__exit__", lambda self, *_: None)
+    run_main(text, tmp_path / "out", "--steps", "3")
+    monkeypatch.undo()
+    run_main(text, tmp_path / "out", "--steps", "3")
+    run_main(text, tmp_path / "whole", "--steps", "3")
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
