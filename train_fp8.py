@@ -110,8 +110,7 @@ SESSION_FLAGS = ("device", "out", "resume", "overwrite", "stop_after", "eval_eve
 
 
 def wsd(step, steps, lr, warmup=0.02, decay=0.3, min_lr=0.01):
-    """Learning rate of step 0 <= step < steps: linear warmup, constant, then down as 1 - sqrt to lr
-    * min_lr.
+    """Learning rate of step 0 <= step < steps: linear warmup, constant, then down as 1 - sqrt.
 
     warmup and decay are fractions of steps. The last step has exactly lr * min_lr.
     """
@@ -125,9 +124,7 @@ def wsd(step, steps, lr, warmup=0.02, decay=0.3, min_lr=0.01):
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW (0.9, 0.95): decay on matrices and the convolution, none on norms, biases, A_log, D,
-    dt_bias.
-    """
+    """AdamW (0.9, 0.95): decay on matrices, none on norms, biases, A_log, D, dt_bias."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=decayed, weight_decay=weight_decay),
