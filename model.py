@@ -303,11 +303,10 @@ class HybridCache:
         attention = [i for i, c in enumerate(config.pattern) if c == "*"]
         self.kv = {i: zeros(2, batch, config.n_kv_heads, max_len, config.head_dim, dtype=dtype)
                    for i in attention}
-        self.ssm = {i: zeros(batch, config.mamba_heads, config.mamba_head_dim, config.d_state,
-                             dtype=state_dtype)
-                    for i in M}
-        self.conv = {i: zeros(batch, config.d_conv - 1, config.conv_dim, dtype=dtype).transpose(1,
-                2) for i in M}
+        state = batch, config.mamba_heads, config.mamba_head_dim, config.d_state
+        self.ssm = {i: zeros(*state, dtype=state_dtype) for i in M}
+        past = batch, config.d_conv - 1, config.conv_dim
+        self.conv = {i: zeros(*past, dtype=dtype).transpose(1, 2) for i in M}
 
     def tensors(self):
         return [*self.kv.values(), *self.ssm.values(), *self.conv.values()]
@@ -329,9 +328,7 @@ class HybridCache:
                 mine[i].copy_(m)
 
     def expand(self, n):
-        """A new cache with every row n times, rows of one origin adjacent: n samples from one
-        prefill.
-        """
+        """A new cache with every row n times, copies adjacent: n samples from one prefill."""
         other = object.__new__(HybridCache)
         other.batch, other.max_len, other.pos = self.batch * n, self.max_len, self.pos
         other.kv = {i: m.repeat_interleave(n, 1) for i, m in self.kv.items()}
@@ -379,14 +376,12 @@ class Attention(nn.Module):
             total = pos + x.shape[1]
             kv[0, :, :, pos:total], kv[1, :, :, pos:total] = k, v
             k, v = kv[:, :, :, :total].to(q.dtype)
-        y = self.attend(q, k, v, pos, mask)  # (b, heads, t, head_dim)
+        y = self.attend(q, k, v, pos, mask)                         # (b, heads, t, head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     @staticmethod
     def attend(q, k, v, pos, mask):
-        """q (b, heads, t, head_dim), k, v (b, g, pos + t, head_dim). KV heads are never
-        repeated.
-        """
+        """q (b, heads, t, head_dim), k, v (b, g, pos + t, head_dim); KV heads are not repeated."""
         b, heads, t, head_dim = q.shape
         if t == 1:  # one query sees everything: a group's query heads become rows, nothing to mask
             y = F.scaled_dot_product_attention(q.view(b, k.shape[1], -1, head_dim), k, v)
@@ -416,8 +411,8 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if letter == "M":
             self.mixer = Mamba2(config.d_model, config.mamba_heads, config.mamba_head_dim,
-                                config.d_state,
-                                config.n_groups, config.d_conv, config.chunk_size, config.norm_eps)
+                                config.d_state, config.n_groups, config.d_conv,
+                                config.chunk_size, config.norm_eps)
         else:
             self.mixer = Attention(config) if letter == "*" else MLP(config)
 
@@ -436,8 +431,7 @@ class Backbone(nn.Module):
 
 
 class HybridLM(nn.Module):
-    """The language model. model(tokens (b, t) int64) -> logits (b, t, v), fp32 (fp64 for a fp64
-    model).
+    """The language model: model(tokens (b, t) int64) -> fp32 logits (b, t, v) (fp64 if it is).
 
     compute_dtype: dtype of the residual stream and the matmuls; None follows the parameters. Norms,
     decays, states and logits stay fp32, and so do fp32 parameters: bf16 training keeps fp32 masters
@@ -466,15 +460,12 @@ class HybridLM(nn.Module):
                 module.reset_ssm_parameters()
 
     def embed(self, tokens):
-        """tokens (b, t) -> (b, t, d) in the compute dtype. Raises ValueError for ids outside the
-        vocabulary.
-        """
+        """tokens (b, t) -> (b, t, d) in the compute dtype. Raises ValueError for unknown ids."""
         try:
             x = self.backbone.embeddings(tokens)
         except IndexError:
-            raise ValueError(f"tokens span {tokens.min()} to {tokens.max()}, the vocabulary is 0 "
-                             f"to "
-                             f"{self.config.vocab_size - 1}") from None
+            raise ValueError(f"tokens span {tokens.min()} to {tokens.max()}, the vocabulary is "
+                             f"0 to {self.config.vocab_size - 1}") from None
         return x.to(self.compute_dtype or x.dtype)
 
     def hidden(self, tokens, cache=None, seq_idx=None):
@@ -705,8 +696,8 @@ def save_hf(model, folder, shard_bytes=SHARD_BYTES):
     """Write a checkpoint that transformers opens as NemotronH: config.json and model.safetensors.
 
     Above shard_bytes there are several files. Each is written under another name and renamed;
-    dtypes are kept. One file replaces one file at once; if there are several, before or after, the folder
-    has no config.json until all are there, so that no mixture of two checkpoints can be loaded.
+    dtypes are kept. One file replaces one file at once; if there are several, before or after, the
+    folder has no config.json until all are there: no mixture of two checkpoints can be loaded.
     """
     from safetensors.torch import save_file
     folder = pathlib.Path(folder)

@@ -65,18 +65,14 @@ def accumulator(x):
 
 
 def discretize(x, dt, A):
-    """One step's input u = dt x (b, t, h, p) and log-decay a = dt A <= 0 (b, t, h), in the
-    accumulator's dtype.
-    """
+    """One step's input u = dt x (b, t, h, p) and log-decay a = dt A <= 0 (b, t, h); fp32."""
     dtype = accumulator(x)
     dt = dt.to(dtype)
     return x.to(dtype) * dt[..., None], dt * A.to(dtype)
 
 
 def documents(seq_idx):
-    """seq_idx (b, t) -> (b, t), the number of changes so far: equal only inside one document. None
-    stays None.
-    """
+    """seq_idx (b, t) -> the number of changes so far, equal inside a document; None -> None."""
     if seq_idx is None:
         return None
     changed = (seq_idx[:, 1:] != seq_idx[:, :-1]).long()
@@ -84,21 +80,18 @@ def documents(seq_idx):
 
 
 def _prepare(x, dt, A, B, C, D, initial_states, seq_idx):
-    """Check shapes, name what is wrong; returns the state to start from (zeros by default) and
-    document numbers.
-    """
+    """Check shapes, name what is wrong; returns the state to start from and document numbers."""
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     if not b * t:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least one row and one token are needed")
     wanted = dict(dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)),
-                  D=(D, (h,)),
-                  initial_states=(initial_states, (b, h, p, n)), seq_idx=(seq_idx, (b, t)))
+                  D=(D, (h,)), initial_states=(initial_states, (b, h, p, n)),
+                  seq_idx=(seq_idx, (b, t)))
     for name, (value, shape) in wanted.items():
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)} and B "
-                             f"{tuple(B.shape)} "
-                             f"ask for {shape}")
+                             f"{tuple(B.shape)} ask for {shape}")
     if h % g:
         raise ValueError(f"{h} heads cannot share {g} groups: heads must be a multiple of groups")
     if initial_states is None:
@@ -125,7 +118,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
     u, a = discretize(x, dt, A)
     B, C = B.to(u.dtype), C.to(u.dtype)
 
-    S, ys = S.view(b, g, h // g, p, n), []  # heads of a group side by side
+    S, ys = S.view(b, g, h // g, p, n), []                      # heads of a group side by side
     for i in range(t):
         decay = a[:, i].exp()                                               # (b, h)
         if doc is not None and i > 0:
@@ -141,8 +134,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
 
 
 def segment_sum(a):
-    """a (..., t) -> (..., t, t): entry [i, j] = a_{j+1} + ... + a_i, 0 on the diagonal, -inf above
-    it.
+    """a (..., t) -> (..., t, t): [i, j] = a_{j+1} + ... + a_i, 0 on the diagonal, -inf above.
 
     Sums masked terms instead of subtracting two cumulative sums, so that no digits cancel.
     """
@@ -153,8 +145,7 @@ def segment_sum(a):
 
 
 def ssd_quadratic(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
-    """The attention form: y = (L * C B^T) u, with decays L in the place of softmax (Mamba-2,
-    section 3.2).
+    """The attention form: y = (L * C B^T) u, decays L for softmax (Mamba-2, section 3.2).
 
     Arguments, results and errors as in `ssd_recurrent`. O(t^2) time and memory: for reading and
     testing.
@@ -166,7 +157,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
     B, C, u = B.to(u.dtype), C.to(u.dtype), u.view(b, t, g, h // g, p)
 
     a = a.transpose(1, 2).reshape(b, g, h // g, t)
-    L, start = segment_sum(a), a.cumsum(-1)  # (b, g, r, t, t), (b, g, r, t)
+    L, start = segment_sum(a), a.cumsum(-1)                     # (b, g, r, t, t), (b, g, r, t)
     if doc is not None:
         L = L.masked_fill((doc[:, :, None] != doc[:, None, :])[:, None, None], -torch.inf)
         start = start.masked_fill((doc != doc[:, :1])[:, None, None], -torch.inf)
@@ -176,8 +167,8 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
     y = torch.einsum("bgrij,bjgrp->bigrp", scores, u)
     S0 = S0.view(b, g, h // g, p, n)
     y = y + torch.einsum("bign,bgrpn,bgri->bigrp", C, S0, start)
-    S = torch.einsum("bgrj,bjgrp,bjgn->bgrpn", L[..., -1, :], u, B) + start[..., -1, None,
-                                                                            None] * S0
+    S = start[..., -1, None, None] * S0
+    S = S + torch.einsum("bgrj,bjgrp,bjgn->bgrpn", L[..., -1, :], u, B)
 
     y = y.reshape(b, t, h, p)
     if D is not None:
@@ -206,7 +197,7 @@ class _Chunk:
         self.span = s = slice(start, stop)
         self.sizes = b, stop - start, h, p, B.shape[2]
         self.x, self.dt = x[:, s], dt[:, s].to(accumulator(x))
-        self.u, a = discretize(self.x, self.dt, A)  # (b, l, h, p), (b, l, h)
+        self.u, a = discretize(self.x, self.dt, A)                  # (b, l, h, p), (b, l, h)
         self.B, self.C = (m[:, s].transpose(1, 2).flatten(0, 1) for m in (B, C))     # (b g, l, n)
 
         # Decay between two positions, from the chunk's start, to its end, and across all of it.
@@ -214,7 +205,7 @@ class _Chunk:
         at = a.transpose(1, 2).contiguous()                                 # (b, h, l)
         causal = at.new_full((stop - start, stop - start), -torch.inf).triu(1)
         self.L = at[..., :, None] - at[..., None, :]
-        self.L = torch.minimum(self.L, causal, out=self.L).exp_()  # (b, h, l, l): mask, then exp
+        self.L = torch.minimum(self.L, causal, out=self.L).exp_()   # (b, h, l, l): mask, then exp
         self.head, self.tail = a.exp(), (a[:, -1:] - a).clamp_(max=0).exp_()     # (b, l, h) each
         if doc is not None:
             before, doc = doc[:, max(start - 1, 0), None], doc[:, s]
@@ -224,9 +215,7 @@ class _Chunk:
         self.all = self.head[:, -1]                                         # (b, h)
 
     def by_group(self, m):
-        """(b, l, h, p) -> (b g, l, r p): a group's heads side by side, for products with B and
-        C.
-        """
+        """(b, l, h, p) -> (b g, l, r p): a group's heads side by side, to multiply B and C."""
         b, l, h, p, g = self.sizes
         return m.reshape(b, l, g, h // g * p).transpose(1, 2).reshape(b * g, l, -1)
 
