@@ -13,8 +13,7 @@ from conftest import ROOT, assert_close
 
 import model as model_file
 from model import (PRESETS, HybridConfig, HybridLM, RMSNorm, bench, config_from_hf, config_to_hf,
-                   cross_entropy,
-                   load_hf, rotate, save_hf)
+                   cross_entropy, decode_settings, load_hf, rotate, save_hf, tune_cpu)
 
 TINY = dict(pattern="M-M*-", vocab_size=61, d_model=24, mlp_dim=40, n_heads=6, n_kv_heads=2,
             head_dim=10,
@@ -538,7 +537,25 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# The script
+# Settings and the script
+
+
+def test_cpu_settings_are_exact_reported_and_restorable():
+    """Whatever tune_cpu picks, an fp32 product stays an fp32 product; a resumed run gets its setting back."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    try:
+        assert tune_cpu()
+        found, a, b = setting.fp32_precision, torch.randn(300, 500), torch.randn(500, 200)
+        assert_close([a @ b], [a.double() @ b.double()], ["product"], 1e-6)
+        with decode_settings():
+            assert setting.fp32_precision == "none"
+        assert setting.fp32_precision == found
+        setting.fp32_precision = "none"
+        assert found in tune_cpu(found) and setting.fp32_precision == found
+    finally:
+        setting.fp32_precision = before
+
 
 
 def test_script_describes_a_preset(tmp_path, capsys):
