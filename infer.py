@@ -61,7 +61,7 @@ def load_run(folder, device="cpu", dtype=None):
 # The three steps of generation
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(model, cache, tokens, block=1024):
     """Run tokens (b, t) into the cache in blocks, so that memory does not grow with t; last logits
     (b, v).
@@ -71,7 +71,7 @@ def prefill(model, cache, tokens, block=1024):
     return logits[:, -1]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode_one(model, cache, token):
     """One token a row, (b,) -> logits (b, v)."""
     with decode_settings():

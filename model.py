@@ -914,7 +914,7 @@ def bench_child(side, folder, batch, length):
     result["growth"] = resident_bytes(peak=True) - before
     model.zero_grad(set_to_none=True)
     model.eval()
-    with torch.no_grad():
+    with torch.inference_mode():
         result["prefill"] = batch * length / median_seconds(lambda: prefill(tokens), repeats=7)
         for rows in (1, batch):
             cache, last = prefill(tokens[:rows]), tokens[:rows, :1]
