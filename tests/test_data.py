@@ -92,8 +92,10 @@ def test_user_text_of_every_kind(tmp_path):
     (None, None, "does not exist"), ("a.txt", b"", "has no text"), ("a.txt", b" \n", "has no text"),
     ("a.txt", b"\x89PNG\r\n\x1a\n\xff", "is not UTF-8 text"), ("a.txt", b"ab\x00cd", "is binary"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2 is not an object with a text key"),
-    ("a.jsonl", b"[1]\n", "line 1 is not an object"), ("a.jsonl", b"nope\n", "line 1 is not an object"),
-    ("a.jsonl", b'{"text": null}\n', "line 1 is not"), ("a.jsonl", b'{"text": [1]}\n', "line 1 is not")])
+    ("a.jsonl", b"[1]\n", "line 1 is not an object"),
+    ("a.jsonl", b"nope\n", "line 1 is not an object"),
+    ("a.jsonl", b'{"text": null}\n', "line 1 is not"),
+    ("a.jsonl", b'{"text": [1]}\n', "line 1 is not")])
 def test_text_that_cannot_be_read_is_named_in_one_line(tmp_path, fails, name, content, words):
     path = tmp_path / (name or "missing")
     if name:

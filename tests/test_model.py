@@ -469,7 +469,8 @@ def test_loading_peaks_at_the_weights_and_one_tensor(tmp_path, dtype, stored):
     (lambda folder: edit(folder, "ssm_state_size", None), "ssm_state_size missing"),
     (lambda folder: edit(folder, "hybrid_override_pattern", 5), "must be a string"),
     (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a JSON object"),
-    (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map")])
+    (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+     "has no weight_map")])
 def test_broken_and_foreign_checkpoints_are_named(tmp_path, damage, words):
     save_hf(tiny(torch.float32), tmp_path)
     damage(tmp_path)
@@ -541,7 +542,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_cpu_settings_are_exact_reported_and_restorable():
-    """Whatever tune_cpu picks, an fp32 product stays an fp32 product; a resumed run gets its setting back."""
+    """Whatever tune_cpu picks, an fp32 product stays one; a resumed run gets its setting."""
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     try:

@@ -147,12 +147,12 @@ def test_evaluation_of_a_uniform_model_is_log_v_and_bits_follow():
 
 
 def test_evaluation_is_the_mean_over_tokens_not_over_batches():
-    """A last batch of another size counts by its tokens: plain cross-entropy of all windows at once."""
+    """A smaller last batch counts by its tokens: plain cross-entropy of all windows at once."""
     import numpy as np
     model = HybridLM(HybridConfig(pattern="-", d_model=16, mlp_dim=16, vocab_size=32))
     tokens = torch.randint(0, 32, (71,))
     nats = evaluate(model, TokenStream([tokens.numpy().astype(np.uint16)]), 2, 16)
-    logits = model(tokens[None, :-1])[0]            # an MLP alone sees one token: windows do not matter
+    logits = model(tokens[None, :-1])[0]  # an MLP alone sees one token: windows do not matter
     truth = torch.nn.functional.cross_entropy(logits, tokens[1:])
     assert nats == pytest.approx(truth.item(), rel=1e-5)
 
@@ -176,19 +176,20 @@ def test_a_run_learns_and_leaves_a_complete_folder(text, tmp_path, capsys):
 
 
 def test_every_flag_reaches_the_run(text, tmp_path):
-    """The logged rates are the schedule; weight decay and kept-apart documents change the weights."""
+    """The logged rates are the schedule; every other flag changes the weights."""
     run_main(text, tmp_path / "plain", "--steps", "10", "--decay", "0.5", "--warmup", "0.2")
     expected = [wsd(i, 10, 3e-3, 0.2, 0.5, 0.01) for i in range(10)]
     assert [row["lr"] for row in metrics(tmp_path / "plain")] == pytest.approx(expected)
-    for flags in (["--weight-decay", "0"], ["--reset-documents"], ["--clip", "0.001"], ["--seed", "1"]):
+    for flags in (["--weight-decay", "0"], ["--reset-documents"], ["--clip", "0.001"],
+                  ["--seed", "1"]):
         out = tmp_path / flags[0]
         run_main(text, out, "--steps", "10", "--decay", "0.5", "--warmup", "0.2", *flags)
         same = weights(tmp_path / "plain")
         assert not all(torch.equal(p, same[name]) for name, p in weights(out).items()), flags
 
 
-def test_a_text_that_continues_is_kept_whole_and_a_torn_log_is_mended(text, tmp_path):
-    """A metrics.jsonl that is missing, empty or cut in a line never stands in the way of a good state."""
+def test_a_torn_or_missing_log_is_mended(text, tmp_path):
+    """A metrics.jsonl that is missing, empty or torn does not stand in the way of a good state."""
     out, flags = tmp_path / "out", ["--steps", "6"]
     run_main(text, out, *flags, "--stop-after", "2")
     with open(out / "metrics.jsonl", "a") as file:
@@ -315,7 +316,8 @@ def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text
         (["--compute-dtype", "int8"], "must be auto, float32 or bfloat16"),
     (["--clip", "-1"], "--clip is -1.0"), (["--min-lr", "-5"], "--min-lr is -5.0"),
     (["--warmup", "-0.1"], "--warmup is -0.1"), (["--seed", "-1"], "--seed is -1"),
-    (["--stop-after", "-1"], "--stop-after is -1"), (["--resume", "--overwrite"], "give one of them"),
+    (["--stop-after", "-1"], "--stop-after is -1"),
+    (["--resume", "--overwrite"], "give one of them"),
     (["--data", "/nowhere"], "--data /nowhere does not exist"),
                                           (["--resume"], "nothing to resume")])
 def test_bad_flags_are_one_line(fails, text, tmp_path, flags, words):
@@ -375,7 +377,8 @@ def test_overwriting_destroys_nothing_before_the_new_run_is_sound(fails, text, t
 
 
 def test_a_stop_before_the_first_step_can_be_continued(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_fp8.StopRequest, "__enter__", lambda self: setattr(self, "asked", True) or self)
+    monkeypatch.setattr(train_fp8.StopRequest, "__enter__",
+                        lambda self: setattr(self, "asked", True) or self)
     monkeypatch.setattr(train_fp8.StopRequest, "__exit__", lambda self, *_: None)
     run_main(text, tmp_path / "out", "--steps", "3")
     monkeypatch.undo()
