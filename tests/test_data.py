@@ -210,7 +210,7 @@ def test_tokenizers_of_another_kind_are_named(tokenizer_json, change, words):
 
 @pytest.mark.parametrize("argv, words", [
     (["--tokenizer", "gtp2"], "is not bpe, bytes, a .json file"),
-                                         (["--tokenizer", "no.json"], "does not exist"),
+    (["--tokenizer", "no.json"], "does not exist"),
     (["--vocab-size", "100"], "at least 300"), (["--vocab-size", "many"], "invalid int value")])
 def test_tokenizer_flags_that_cannot_be_are_named(fails, tmp_path, argv, words):
     (tmp_path / "a.txt").write_text("some text")

@@ -208,9 +208,9 @@ def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
     (["--tokens", "0"], "--tokens is 0"), (["--temperature", "nan"], "temperature is nan"),
     (["--temperature", "-1"], "temperature is -1.0"),
     (["--top-p", "0"], "top-p is 0.0"), (["--top-k", "-3"], "top-k is -3"),
-                                          (["--dtype", "fp4"], "--dtype is 'fp4'"),
+    (["--dtype", "fp4"], "--dtype is 'fp4'"),
     (["--context", "3"], "tokens, the cache holds 3"),
-                                          (["--checkpoint", "/nowhere"], "has no config.json"),
+    (["--checkpoint", "/nowhere"], "has no config.json"),
     (["--device", "abacus"], "--device is 'abacus', must be auto")])
 def test_bad_flags_are_one_line(fails, run_folder, flags, words):
     argv = ["--checkpoint", str(run_folder), "--device", "cpu", "--prompt",

@@ -570,8 +570,8 @@ def test_script_describes_a_preset(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, words", [(["--preset", "gpt"], "preset 'gpt' is not one of"),
-                                         (["--context", "0"], "--context is 0"),
-                                         (["--contxt", "9"], "--contxt")])
+    (["--context", "0"], "--context is 0"),
+    (["--contxt", "9"], "--contxt")])
 def test_script_errors_are_one_line(fails, argv, words):
     assert words in fails(model_file.main, argv)
 

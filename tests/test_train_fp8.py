@@ -305,13 +305,13 @@ def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text
 
 @pytest.mark.parametrize("flags, words", [
     (["--recipe", "fp4"], "--recipe is 'fp4', must be one of bf16"),
-                                          (["--steps", "0"], "--steps is 0"),
+    (["--steps", "0"], "--steps is 0"),
     (["--preset", "huge"], "preset 'huge' is not one of"),
-                                          (["--pattern", "M-Q"], "must be letters of M"),
+    (["--pattern", "M-Q"], "must be letters of M"),
     (["--pattern", "ME"], "has experts"), (["--lr", "-1"], "--lr is -1.0, must be positive"),
     (["--batch-size", "5", "--grad-accum", "2"], "must be a multiple of --grad-accum"),
     (["--warmup", "0.9", "--decay", "0.3"], "at most 1"),
-                                          (["--seq-len", "100000"], "do not fill two windows"),
+    (["--seq-len", "100000"], "do not fill two windows"),
     (["--device", "tpu"], "--device is 'tpu', must be auto, cuda"),
         (["--compute-dtype", "int8"], "must be auto, float32 or bfloat16"),
     (["--clip", "-1"], "--clip is -1.0"), (["--min-lr", "-5"], "--min-lr is -5.0"),
@@ -319,7 +319,7 @@ def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text
     (["--stop-after", "-1"], "--stop-after is -1"),
     (["--resume", "--overwrite"], "give one of them"),
     (["--data", "/nowhere"], "--data /nowhere does not exist"),
-                                          (["--resume"], "nothing to resume")])
+    (["--resume"], "nothing to resume")])
 def test_bad_flags_are_one_line(fails, text, tmp_path, flags, words):
     argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, *flags]
     assert words in fails(train_fp8.main, argv)
