@@ -469,14 +469,15 @@ def load_shards(folder):
     folder = pathlib.Path(folder)
     try:
         meta = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
-        dtype, files, counts = np.dtype(meta["dtype"]), meta["files"], meta["tokens"]
+        dtype, files = np.dtype(meta["dtype"]), meta["files"]
+        counts = {name: meta["tokens"][name] for name in [*files["train"], *files["validation"]]}
         corpus, text_bytes = meta["fingerprint"], meta["validation_bytes"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'shards.json'} is not what --write-shards writes") from None
-    for name in [*files["train"], *files["validation"]]:
+    for name, count in counts.items():
         size = (folder / name).stat().st_size if (folder / name).exists() else 0
-        if size != counts[name] * dtype.itemsize:
-            raise ValueError(f"{folder / name} has {size} bytes, shards.json says {counts[name]} "
+        if size != count * dtype.itemsize:
+            raise ValueError(f"{folder / name} has {size} bytes, shards.json says {count} "
                              f"tokens of {dtype.name}: missing or cut short")
     streams = {split: TokenStream([np.memmap(folder / name, dtype, "r") for name in names])
                for split, names in files.items()}
@@ -501,16 +502,15 @@ class Batches:
         self.windows = (len(stream) - 1) // seq_len - 1  # one window less leaves room for the shift
         if self.windows < 1:
             raise ValueError(f"{len(stream)} tokens of training text do not fill two windows of "
-                             f"{seq_len}: "
-                             "use more text or a smaller --seq-len")
+                             f"{seq_len}: use more text or a smaller --seq-len")
 
     def start_of(self, position):
         """First token of the window at this position."""
         n = self.windows
         epoch, i = divmod(position, n)
         draw = np.random.default_rng((self.seed, epoch))
-        shift, offset, stride = draw.integers(self.seq_len), draw.integers(n), draw.integers(1,
-                                                                                             n + 1)
+        shift, offset = draw.integers(self.seq_len), draw.integers(n)
+        stride = draw.integers(1, n + 1)
         while math.gcd(int(stride), n) != 1:
             stride = draw.integers(1, n + 1)
         return int((int(stride) * i + int(offset)) % n * self.seq_len + shift)

@@ -133,9 +133,8 @@ class TextStream:
         return text
 
 
-def generate(model, encoding, prompt, max_tokens=200, temperature=0.8, top_k=0, top_p=0.95, seed=0,
-             stop=(),
-             max_len=None, stats=None):
+def generate(model, encoding, prompt, max_tokens=200, temperature=0.8, top_k=0, top_p=0.95,
+             seed=0, stop=(), max_len=None, stats=None):
     """Yield the continuation of prompt (str) piece by piece: complete UTF-8, up to max_tokens or a
     stop.
 

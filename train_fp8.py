@@ -154,9 +154,7 @@ def bits_per_byte(nats_per_token, tokens, text_bytes):
 
 
 def faster_dtype(model, tokens, labels):
-    """bf16 or fp32, whichever makes a forward and backward of this model faster here; (dtype,
-    seconds a pass).
-    """
+    """(dtype, seconds a pass) of bf16 or fp32, whichever is faster forward and backward here."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         model.compute_dtype = dtype
@@ -166,7 +164,7 @@ def faster_dtype(model, tokens, labels):
     best = min(seconds, key=seconds.get)
     print(f"measured     a pass takes {1e3 * seconds[torch.float32]:.0f} ms in fp32, "
           f"{1e3 * seconds[torch.bfloat16]:.0f} ms in bf16: {str(best)[6:]}")
-    return best
+    return best, seconds[best]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -315,7 +313,7 @@ def make_batches(run, token_data, position=0):
 
 
 def train(run, model, token_data, state=None, matmul=None):
-    """Train model as run says, from state if given. Returns the rows of metrics.jsonl.
+    """Train model as run says, from state if given. Returns (last step, rows of metrics.jsonl).
 
     Writes train_state.pt at the start, every save_every steps, on Ctrl-C and at the end, so that
     stopping loses nothing and N + N steps equal 2N bit for bit on a CPU. Raises ValueError, and
@@ -357,7 +355,7 @@ def train(run, model, token_data, state=None, matmul=None):
                 saved = step
     if step > saved:
         save(step)
-    return metrics.rows
+    return step, metrics.rows
 
 
 def log_line(row, steps, tokens_a_step):
@@ -403,16 +401,13 @@ def announce(run, config, token_data, device):
     tokens = run.steps * run.batch_size * run.seq_len
     flops = 3 * sum(config.flops_by_part(run.seq_len).values())
     corpus = token_data.fingerprint
-    print(f"model        {config.pattern}: {config.n_params() / 1e6:.2f} M parameters, d_model "
-          f"{config.d_model}, "
-          f"vocabulary {config.vocab_size}")
+    print(f"model        {config.pattern}: {config.n_params() / 1e6:.2f} M parameters, "
+          f"d_model {config.d_model}, vocabulary {config.vocab_size}")
     print(f"corpus       {corpus['source']}: {corpus['bytes'] / 1e6:.2f} MB, "
-          f"{len(token_data.train) / 1e6:.2f} M "
-          f"training tokens, sha256 {corpus['sha256'][:12]}")
+          f"{len(token_data.train) / 1e6:.2f} M training tokens, sha256 {corpus['sha256'][:12]}")
     print(f"run          {run.steps} steps x {run.batch_size} x {run.seq_len} = "
-          f"{tokens / 1e6:.2f} M tokens "
-          f"({tokens / len(token_data.train):.1f} epochs), {flops * tokens / 1e15:.2f} PFLOP, on "
-          f"{device}")
+          f"{tokens / 1e6:.2f} M tokens ({tokens / len(token_data.train):.1f} epochs), "
+          f"{flops * tokens / 1e15:.2f} PFLOP, on {device}")
 
 
 def body(run):
@@ -445,16 +440,16 @@ def body(run):
         model.compute_dtype = getattr(torch, state["compute_dtype"])
         print(f"resuming     at step {state['step']} of {run.steps}")
     elif dtype is None and device == "cpu":
-        model.compute_dtype = faster_dtype(model, *trial[:2])
+        model.compute_dtype, seconds = faster_dtype(model, *trial[:2])
+        print(f"predicted    {run.steps * run.grad_accum * seconds / 60:.1f} minutes of training")
     else:
         model.compute_dtype = dtype or torch.bfloat16
 
     if state is None:
         clear_folder(run)           # nothing was written before every flag and file proved good
-    rows = train(run, model, token_data, state, matmul)
+    step, rows = train(run, model, token_data, state, matmul)
     write_text(folder / "tokenizer.json", token_data.tokenizer_json)
     save_hf(model, folder)
-    step = rows[-1]["step"] if rows else 0
     if step < run.steps:
         print(f"stopped at step {step} of {run.steps}, saved; the same command continues")
         return dict(recipe=run.recipe, step=step, out=run.out)
@@ -472,20 +467,22 @@ def report(run, model, token_data, rows, start, generate):
     val_bpb = bits_per_byte(val_loss, len(stream) - 1, token_data.validation_bytes)
     xz = token_data.validation_xz
     picture = pathlib.Path(run.out) / "loss.png"
-    plot_loss(rows, val_loss, val_bpb, xz, picture)
+    if rows:
+        plot_loss(rows, val_loss, val_bpb, xz, picture)
     against = "" if xz is None else f"; xz -9e needs {xz:.3f} on the same text"
-    print(f"\nvalidation   {val_loss:.4f} nats a token, {val_bpb:.4f} bits a byte{against}\nplot  "
-          f"       {picture}")
+    print(f"\nvalidation   {val_loss:.4f} nats a token, {val_bpb:.4f} bits a byte{against}")
+    print(f"plot         {picture}")
     model.eval()
     print("sample")
     prompt = "def read_"
     print(prompt + "".join(generate(model, token_data.encoding, prompt, 120, temperature=0.7,
                                     seed=run.seed)))
-    seconds = sum(row["ms"] for row in rows) / 1e3
-    tokens = rows[-1]["tokens"]
-    return dict(recipe=run.recipe, val_loss=val_loss, val_bpb=val_bpb, xz_bpb=xz, tokens=tokens,
-                seconds=seconds,
-                tokens_per_s=tokens / seconds, compute_dtype=str(model.compute_dtype)[6:],
+    tokens_a_step = run.batch_size * run.seq_len
+    seconds = sum(row["ms"] for row in rows) / 1e3          # of the steps that are in the log
+    return dict(recipe=run.recipe, val_loss=val_loss, val_bpb=val_bpb, xz_bpb=xz,
+                tokens=run.steps * tokens_a_step, seconds=seconds,
+                tokens_per_s=len(rows) * tokens_a_step / seconds if rows else None,
+                compute_dtype=str(model.compute_dtype)[6:],
                 wall_seconds=time.perf_counter() - start, out=run.out)
 
 

@@ -295,6 +295,13 @@ def test_shards_hold_the_same_tokens(tmp_path):
         assert getattr(token_data, name) == getattr(again, name)
     with pytest.raises(FileExistsError, match="holds shards already"):
         write_shards(token_data, tmp_path / "shards")
+    meta = tmp_path / "shards" / "shards.json"
+    whole = meta.read_text()
+    for damaged in ("{}", "[]", "nope", whole.replace("train-00001.bin", "other.bin", 1)):
+        meta.write_text(damaged)
+        with pytest.raises(ValueError, match="is not what --write-shards writes"):
+            load_data(str(tmp_path / "shards"))
+    meta.write_text(whole)
     with open(tmp_path / "shards" / "train-00001.bin", "r+b") as file:
         file.truncate(3000)                                             # still whole tokens
     with pytest.raises(ValueError, match="missing or cut short"):

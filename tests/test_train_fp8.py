@@ -17,7 +17,8 @@ from conftest import ROOT
 import train_fp8
 from data import TokenStream, load_data
 from model import HybridConfig, HybridLM, load_hf
-from train_fp8 import Run, bits_per_byte, evaluate, make_optimizer, train_step, wsd
+from train_fp8 import (Run, bits_per_byte, evaluate, make_optimizer, read_rows, train_step,
+                       wsd)
 
 SMALL = ["--tokenizer", "bytes", "--pattern", "M*-", "--seq-len", "32", "--batch-size", "4",
          "--device", "cpu",
@@ -201,6 +202,12 @@ def test_a_torn_or_missing_log_is_mended(text, tmp_path):
     (out / "metrics.jsonl").unlink()
     run_main(text, out, *flags)
     assert [row["step"] for row in metrics(out)] == [6]
+    rate = read_rows(out / "metrics.jsonl")[-1]["final"]
+    assert rate["tokens"] == 6 * 4 * 32
+    assert rate["tokens_per_s"] == pytest.approx(4 * 32 / rate["seconds"])      # of what is logged
+    (out / "metrics.jsonl").unlink()
+    run_main(text, out, *flags)             # all steps done, no log: reported again, not stuck
+    assert read_rows(out / "metrics.jsonl")[-1]["final"]["val_loss"] == rate["val_loss"]
 
 
 def test_a_tokenizer_file_that_changes_does_not_change_a_run(text, tmp_path, capsys):
