@@ -69,8 +69,8 @@ class HybridConfig:
     n_heads: int = 4                # attention: query heads
     n_kv_heads: int = 2             # attention: key and value heads
     head_dim: int = 64              # attention: n_heads x head_dim need not be d_model
-    mamba_heads: int = 8            # h
-    mamba_head_dim: int = 64        # p; mamba_heads x mamba_head_dim need not be 2 d_model
+    mamba_heads: int = 16           # h
+    mamba_head_dim: int = 32        # p; mamba_heads x mamba_head_dim need not be 2 d_model
     n_groups: int = 2               # g, groups of Mamba heads that share B and C
     d_state: int = 64               # n
     d_conv: int = 4                 # width of the causal convolution
@@ -170,7 +170,7 @@ PRESETS = {
     "toy": dict(),
     "small": dict(pattern="M-M-M*-M-M-M*-M-M-M*-M-M-", vocab_size=32768, d_model=768, mlp_dim=3072,
                   n_heads=12,
-                  n_kv_heads=4, mamba_heads=24, n_groups=4, d_state=128, chunk_size=128),
+                  n_kv_heads=4, mamba_heads=32, mamba_head_dim=48, n_groups=4, d_state=128, chunk_size=128),
     "nemotron-nano-12b-v2": _nemotron(
         "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
         5120, 20480, 40, (128, 80)),
