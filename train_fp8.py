@@ -174,7 +174,9 @@ def block_scales(blocks, fmt, pow2=False):
     """
     amax = torch.maximum(blocks.amax((1, 3), keepdim=True), -blocks.amin((1, 3), keepdim=True))
     amax = amax.abs()               # of -0, whose quotient would be -inf
-    scale = (FORMATS[fmt][0] / amax).clamp(max=torch.finfo(torch.float32).max)
+    # not 448 / amax, which torch computes as 448 x (1 / amax): a last bit off for a quarter of them
+    scale = torch.full_like(amax, FORMATS[fmt][0]) / amax
+    scale = scale.clamp(max=torch.finfo(torch.float32).max)
     return scale.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32) if pow2 else scale
 
 
@@ -219,7 +221,8 @@ FAKE_BLOCK = 2 ** 18        # elements that fake_quantize works on at a time, so
 
 
 def fake_quantize(x, fmt, block=None, pow2=False, scale=None, dtype=None):
-    """dequantize(quantize(x)) in dtype (x's own), bit for bit, several times as fast on a CPU.
+    """dequantize(quantize(x)) in dtype (x's own), bit for bit but for the sign of zeros, several times
+    as fast on a CPU. scale: of the whole tensor, as in `quantize`.
 
     Rows are worked on in pieces that stay in the cache, and no float8 tensor is made: turning one
     back costs a CPU five times as much as making it.
@@ -382,7 +385,7 @@ class Float8Linear(Linear):
         return f"{super().extra_repr()}, {self.backend}"
 
 
-def pick_backend(name, recipe_name, recipe, device):
+def pick_backend(name, recipe, device):
     """"emulated" or "hopper". auto: emulated on a CPU, else what the GPU has, never silently less.
 
     Raises ValueError where the GPU lacks what the recipe needs.
@@ -392,12 +395,12 @@ def pick_backend(name, recipe_name, recipe, device):
     if name == "emulated" or (name == "auto" and device == "cpu"):
         return "emulated"
     if device != "cuda":
-        raise ValueError(f"--recipe {recipe_name} on {device}: it has no FP8 matmul; --fp8-backend "
+        raise ValueError(f"--recipe {recipe} on {device}: it has no FP8 matmul; --fp8-backend "
                          "emulated computes the same numbers without the speed")
     capability = torch.cuda.get_device_capability()
-    needed = (8, 9) if recipe.per_tensor else (9, 0)
+    needed = (8, 9) if RECIPES.get(recipe, recipe).per_tensor else (9, 0)
     if capability < needed or (needed == (9, 0) and capability != needed):
-        raise ValueError(f"--recipe {recipe_name} needs a GPU of compute capability {needed}, this one "
+        raise ValueError(f"--recipe {recipe} needs a GPU of compute capability {needed}, this one "
                          f"({torch.cuda.get_device_name()}) has {capability}: --fp8-backend emulated "
                          "computes the same numbers without the speed")
     return "hopper"
@@ -431,7 +434,7 @@ def convert_to_fp8(model, recipe, backend="auto", ends=4, pow2=False, amax_reduc
                              "rows); change the sizes or take --recipe bf16")
     settings = dataclasses.replace(settings, pow2=pow2 or settings.pow2,
                                    amax_reduce=amax_reduce or settings.amax_reduce)
-    backend = pick_backend(backend, name, settings, model.lm_head.weight.device.type)
+    backend = pick_backend(backend, recipe, model.lm_head.weight.device.type)
     for layer, m in inner:
         with torch.device("meta"):
             swapped = Float8Linear(m.in_features, m.out_features, settings, backend)
@@ -443,9 +446,9 @@ def convert_to_fp8(model, recipe, backend="auto", ends=4, pow2=False, amax_reduc
         share = sum(m.weight.numel() for _, m in inner) / sum(m.weight.numel() for _, m in linears)
         print(f"fp8          {name}, {backend}: {len(inner)} of {len(linears)} linears, "
               f"{share:.0%} of their weights: {short(inner)}")
-        print(f"             in high precision: the first {ends} ({short(linears[:ends])}) and last "
-              f"{ends} ({short(linears[-ends:])}), where errors hurt most; embedding, head, norms, "
-              "conv, scan, attention")
+        outer = (f"the first {ends} ({short(linears[:ends])}) and last {ends} "
+                 f"({short(linears[-ends:])}), where errors hurt most; " if ends else "")
+        print(f"             in high precision: {outer}embedding, head, norms, conv, scan, attention")
     return model
 
 
@@ -1343,7 +1346,7 @@ def bench(run):
         w = torch.nn.Parameter(torch.randn(n, k, device=device) / k ** 0.5)
         for arm, recipe in arms.items():
             layer = Linear(k, n) if recipe is None else Float8Linear(
-                k, n, recipe, pick_backend(run.fp8_backend, arm, recipe, device))
+                k, n, recipe, pick_backend(run.fp8_backend, arm, device))
             layer.weight = w
 
             def backward(x_grad, w_grad):
