@@ -170,7 +170,8 @@ PRESETS = {
     "toy": dict(),
     "small": dict(pattern="M-M-M*-M-M-M*-M-M-M*-M-M-", vocab_size=32768, d_model=768, mlp_dim=3072,
                   n_heads=12,
-                  n_kv_heads=4, mamba_heads=32, mamba_head_dim=48, n_groups=4, d_state=128, chunk_size=128),
+                  n_kv_heads=4, mamba_heads=32, mamba_head_dim=48, n_groups=4, d_state=128,
+                  chunk_size=128),
     "nemotron-nano-12b-v2": _nemotron(
         "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
         5120, 20480, 40, (128, 80)),

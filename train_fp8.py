@@ -51,8 +51,8 @@ nemotron-h's those of the whole batch, so that 2 processes compute what 1 does.
 
 Glossary: as in model.py. code: an 8-bit float; grid: the values that have one; amax: the largest
 magnitude; inverse: 1 / scale; block: what shares a scale, tile: a block of one row. WSD: linear
-warmup, constant, decay to lr x min_lr by 1 - sqrt. gnorm: gradient norm before clipping. bpb: bits a
-byte, nats / ln 2 / bytes of text, comparable between tokenizers and with xz.
+warmup, constant, decay to lr x min_lr by 1 - sqrt. gnorm: gradient norm before clipping. bpb: bits
+a byte, nats / ln 2 / bytes of text, comparable between tokenizers and with xz.
 
 The run folder: config.json + model.safetensors (transformers opens it as NemotronH),
 tokenizer.json, metrics.jsonl, loss.png, and train_state.pt: everything that resuming needs, in one
@@ -217,12 +217,12 @@ def round_to_grid(x, fmt):
     return x.add_(power, alpha=shift).sub_(power, alpha=shift)
 
 
-FAKE_BLOCK = 2 ** 18        # elements that fake_quantize works on at a time, so that they stay cached
+FAKE_BLOCK = 2 ** 18        # elements that fake_quantize works on at a time, to stay in the cache
 
 
 def fake_quantize(x, fmt, block=None, pow2=False, scale=None, dtype=None):
-    """dequantize(quantize(x)) in dtype (x's own), bit for bit but for the sign of zeros, several times
-    as fast on a CPU. scale: of the whole tensor, as in `quantize`.
+    """dequantize(quantize(x)) in dtype (x's own), bit for bit but for the sign of zeros, several
+    times as fast on a CPU. scale: of the whole tensor, as in `quantize`.
 
     Rows are worked on in pieces that stay in the cache, and no float8 tensor is made: turning one
     back costs a CPU five times as much as making it.
@@ -232,7 +232,7 @@ def fake_quantize(x, fmt, block=None, pow2=False, scale=None, dtype=None):
     if block is None and scale is None:
         scale = block_scales(in_blocks(x, None), fmt, pow2)
     rows = 1 if block is None else block[0]
-    step = max(FAKE_BLOCK // max(k, 1) // rows, 1) * rows
+    step = max(FAKE_BLOCK // max(k, 1) // rows, 1) * rows if x.is_cpu else max(m, 1)
     for i in range(0, m, step):
         piece = x[i:i + step]
         blocks = in_blocks(piece, block)
@@ -243,8 +243,8 @@ def fake_quantize(x, fmt, block=None, pow2=False, scale=None, dtype=None):
 
 
 def sqnr(value, truth):
-    """Signal to quantisation noise in dB: 10 log10(|truth|^2 / |value - truth|^2), in fp64. Relative
-    errors of 1% are 40 dB; a cast of N(0, 1) gives E4M3 31.5, E5M2 25.6, bf16 55.6.
+    """Signal to quantisation noise in dB: 10 log10(|truth|^2 / |value - truth|^2), in fp64. An
+    error of 1% is 40 dB; a cast of N(0, 1) gives E4M3 31.5, E5M2 25.6, bf16 55.6.
     """
     value, truth = value.detach().double(), truth.detach().double()
     return float(10 * torch.log10(truth.square().sum() / (value - truth).square().sum()))
@@ -401,8 +401,8 @@ def pick_backend(name, recipe, device):
     needed = (8, 9) if RECIPES.get(recipe, recipe).per_tensor else (9, 0)
     if capability < needed or (needed == (9, 0) and capability != needed):
         raise ValueError(f"--recipe {recipe} needs a GPU of compute capability {needed}, this one "
-                         f"({torch.cuda.get_device_name()}) has {capability}: --fp8-backend emulated "
-                         "computes the same numbers without the speed")
+                         f"({torch.cuda.get_device_name()}) has {capability}: --fp8-backend "
+                         "emulated computes the same numbers without the speed")
     return "hopper"
 
 
@@ -410,8 +410,9 @@ def convert_to_fp8(model, recipe, backend="auto", ends=4, pow2=False, amax_reduc
                    verbose=True):
     """Swap the model's eligible linears for Float8Linear, in place; prints what became of each.
 
-    recipe: a name of RECIPES, or a Recipe of your own; bf16 changes nothing. The first and last `ends` linears in execution
-    order stay in high precision (the papers' "first and last four"), and so do embedding and head.
+    recipe: a name of RECIPES, or a Recipe of your own; bf16 changes nothing. The first and last
+    `ends` linears in execution order stay in high precision (the papers' "first and last four"),
+    and so do embedding and head.
     Returns the model. Raises ValueError for an unknown recipe, for a layer
     whose sizes 16 does not divide (hardware GEMMs need it, so emulation asks for it too), and when
     nothing is left to convert.
@@ -448,7 +449,8 @@ def convert_to_fp8(model, recipe, backend="auto", ends=4, pow2=False, amax_reduc
               f"{share:.0%} of their weights: {short(inner)}")
         outer = (f"the first {ends} ({short(linears[:ends])}) and last {ends} "
                  f"({short(linears[-ends:])}), where errors hurt most; " if ends else "")
-        print(f"             in high precision: {outer}embedding, head, norms, conv, scan, attention")
+        print(f"             in high precision: {outer}embedding, head, norms, conv, scan, "
+              "attention")
     return model
 
 
@@ -657,7 +659,7 @@ def evaluate(model, stream, batch_size=8, seq_len=512, separator=None, limit=Non
     rank, size = rank_and_size()
     for batch in tqdm(batches, "evaluating", disable=None if progress and not rank else True,
                       leave=False):
-        if size > 1:        # rows in turn; without rows of its own, a process goes along for nothing
+        if size > 1:        # rows in turn; a process without rows of its own goes along
             rows = torch.arange(len(batch[0])) % size == rank
             batch = [m if m is None else m[rows] if rows.any() else m[:1].clone() for m in batch]
             if not rows.any():
@@ -916,8 +918,10 @@ def make_batches(run, token_data, position=0):
 
 
 class Phase(NamedTuple):
-    """A stretch of a run: up to step `end`, on this text, with this length; lr None: the schedule."""
-    end: int
+    """A stretch of a run: up to a fraction of its steps, on a text, with a length; lr None follows
+    the schedule.
+    """
+    end: float
     run: Run
     token_data: TokenData
     lr: float | None
@@ -931,15 +935,15 @@ def load_phases(run, token_data):
     rows. Raises ValueError for anything else.
     """
     if not run.phases:
-        return [Phase(run.steps, run, token_data, None)]
+        return [Phase(1.0, run, token_data, None)]
     try:
         wanted = json.loads(pathlib.Path(run.phases).read_text(encoding="utf-8"))
         total = sum(phase["fraction"] for phase in wanted)
         unknown = set().union(*wanted) - {"fraction", "data", "seq_len", "lr"}
     except (json.JSONDecodeError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"--phases {run.phases} must be a JSON list of objects with a fraction and, "
-                         f"if they differ, data, seq_len, lr ({type(error).__name__}: {error})"
-                         ) from None
+        raise ValueError(f"--phases {run.phases} must be a JSON list of objects with a fraction "
+                         "and, if they differ, data, seq_len, lr "
+                         f"({type(error).__name__}: {error})") from None
     if unknown or abs(total - 1) > 1e-6 or min(phase["fraction"] for phase in wanted) <= 0:
         raise ValueError(f"--phases {run.phases}: positive fractions must sum to 1 (they sum to "
                          f"{total:g}), keys are fraction, data, seq_len, lr"
@@ -955,11 +959,11 @@ def load_phases(run, token_data):
         text = token_data if data == run.data else load_data(
             data, run.tokenizer, token_data.vocab_size, token_data.tokenizer_json)
         make_batches(mine, text)
-        phases.append(Phase(round(done * run.steps), mine, text, phase.get("lr")))
+        phases.append(Phase(done, mine, text, phase.get("lr")))
     return phases
 
 
-def train(run, model, token_data, state=None, matmul=None):
+def train(run, model, token_data, state=None, matmul=None, phases=None):
     """Train model as run says, from state if given. Returns (last step, rows of metrics.jsonl).
 
     Writes train_state.pt at the start, every save_every steps, on Ctrl-C and at the end, so that
@@ -969,7 +973,8 @@ def train(run, model, token_data, state=None, matmul=None):
     device, separator = model.lm_head.weight.device, token_data.separator
     optimizer = make_optimizer(model, run.lr, run.weight_decay)
     first = saved = 0 if state is None else state["step"]
-    phases = load_phases(run, token_data)
+    phases = phases or load_phases(run, token_data)
+    phases = [phase._replace(end=round(phase.end * run.steps)) for phase in phases]
     phase = next((p for p in phases if first < p.end), phases[-1])
     batches = make_batches(phase.run, phase.token_data, 0 if state is None else state["position"])
     save = lambda step: save_state(run, model, optimizer, batches, step, token_data, matmul)
@@ -986,7 +991,7 @@ def train(run, model, token_data, state=None, matmul=None):
     with StopRequest() as stop, tqdm(total=run.steps, initial=first, unit="step",
                                      disable=rank > 0 or None) as bar:
         while step < last and not stop.everywhere():
-            if step == phase.end:
+            while step >= phase.end:
                 phase = phases[phases.index(phase) + 1]
                 batches = make_batches(phase.run, phase.token_data)
             start = time.perf_counter()
@@ -1128,8 +1133,8 @@ def compare(run):
                               "--out, or --overwrite")
     cells = {(row["arm"], row["seed"]): row for row in rows[1:]}
     todo = [(arm, seed) for seed in range(run.seeds) for arm in ARMS if (arm, seed) not in cells]
-    print(f"comparison   {len(ARMS)} arms x {run.seeds} seeds x {run.steps} steps of {run.batch_size}"
-          f" x {run.seq_len} tokens in {str(dtype)[6:]}, {len(todo)} runs to do")
+    print(f"comparison   {len(ARMS)} arms x {run.seeds} seeds x {run.steps} steps of "
+          f"{run.batch_size} x {run.seq_len} tokens in {str(dtype)[6:]}, {len(todo)} runs to do")
     if not rows:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "cells.jsonl", json.dumps(dict(settings=settings)) + "\n")
@@ -1142,8 +1147,9 @@ def compare(run):
     return report_gaps(run, cells, folder)
 
 
-COMPARE_SETTINGS = ("preset", "pattern", "data", "tokenizer", "steps", "batch_size", "seq_len", "lr",
-                    "min_lr", "warmup", "decay", "weight_decay", "clip", "fp8_backend", "pow2")
+COMPARE_SETTINGS = ("preset", "pattern", "data", "tokenizer", "steps", "batch_size", "seq_len",
+                    "lr", "min_lr", "warmup", "decay", "weight_decay", "clip", "fp8_backend",
+                    "pow2")
 
 
 def mean_and_error(values):
@@ -1169,11 +1175,12 @@ def report_gaps(run, cells, folder):
     for arm in ("nemotron-h", "nano2"):
         two = 2 * gap[arm]["standard_error"]
         print(f"{arm}: " + ("inside the noise, " if abs(gap[arm]["mean"]) <= two else "")
-              + f"{100 * gap[arm]['mean']:+.3f}% with two standard errors of {100 * two:.3f}%; another "
-              f"seed moves bf16 itself by {spread:.2%}")
-    print(f"\nthe same weights and batch, every linear in FP8, mean of {run.seeds} seeds (bf16 runs, "
-          f"after {run.steps} steps)")
-    print(f"{'recipe':18s}{'loss [%]':>10s}{'gradient SQNR [dB]':>20s}{'worst parameter [dB]':>22s}")
+              + f"{100 * gap[arm]['mean']:+.3f}% with two standard errors of {100 * two:.3f}%; "
+              f"another seed moves bf16 itself by {spread:.2%}")
+    print(f"\nthe same weights and batch, every linear in FP8, mean of {run.seeds} seeds (bf16 "
+          f"runs, after {run.steps} steps)")
+    heads = ("loss [%]", "gradient SQNR [dB]", "worst parameter [dB]")
+    print(f"{'recipe':18s}{heads[0]:>10s}{heads[1]:>20s}{heads[2]:>22s}")
     for recipe in ("nemotron-h", "nano2"):
         fixed = [cells["bf16", seed]["fixed"][recipe] for seed in seeds]
         worst = min(fixed, key=lambda f: f[2])
@@ -1229,8 +1236,8 @@ def demonstrate(run):
         g = s * normal(512, 512)
         values = [cast(g, fmt).float() for fmt in (E4M3, E5M2)] + [fake_quantize(g, E4M3)]
         result[f"unscaled {s:g}"] = [sqnr(v, g) for v in values]
-        print(f"{s:8.0e}" + "".join(f"{sqnr(v, g):10.1f} dB, {float((v == 0).float().mean()):4.0%} -> 0"
-                                    for v in values))
+        zeros = lambda v: float((v == 0).float().mean())
+        print(f"{s:8.0e}" + "".join(f"{sqnr(v, g):10.1f} dB, {zeros(v):4.0%} -> 0" for v in values))
     print("\n2. One token x 30000: with one scale a tensor, the others are left the smallest codes")
     x, w = normal(512, 512), normal(512, 512)
     x[7] *= 30000
@@ -1337,8 +1344,8 @@ def bench(run):
     print(f"settings     {tune_cpu()}" if device == "cpu" else torch.cuda.get_device_name())
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     arms = {str(dtype)[6:]: None} | {name: r for name, r in RECIPES.items() if r}
-    print(f"{preset}, {tokens} tokens, {device}: milliseconds (TFLOP/s) of forward, input gradient, "
-          "weight gradient; then all three against the first row")
+    print(f"{preset}, {tokens} tokens, {device}: milliseconds (TFLOP/s) of forward, input "
+          "gradient, weight gradient; then all three against the first row")
     table = {}
     for name, (n, k) in shapes.items():
         x = torch.randn(tokens, k, device=device, dtype=dtype)
@@ -1402,7 +1409,7 @@ def body(run):
     if state is not None and state["fingerprint"] != token_data.fingerprint:
         raise ValueError(f"the corpus or its tokenizer has changed since {folder} was begun: "
                          f"{state['fingerprint']}, now {token_data.fingerprint}")
-    trial = make_batches(run, token_data).next()
+    trial, phases = make_batches(run, token_data).next(), load_phases(run, token_data)
     config = dataclasses.replace(config, vocab_size=token_data.vocab_size,
                                  bos_token_id=token_data.separator)
     torch.manual_seed(run.seed)
@@ -1429,7 +1436,7 @@ def body(run):
         recompute_activations(model)
     if state is None and rank == 0:
         clear_folder(run)           # nothing was written before every flag and file proved good
-    step, rows = train(run, model, token_data, state, matmul)
+    step, rows = train(run, model, token_data, state, matmul, phases)
     finished = step == run.steps
     separator = token_data.separator if run.reset_documents else None
     val_loss = finished and evaluate(model, token_data.validation, run.batch_size, run.seq_len,

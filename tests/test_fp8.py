@@ -9,7 +9,6 @@ import statistics
 
 import pytest
 import torch
-from conftest import ROOT
 
 import train_fp8
 from model import HybridConfig, HybridLM

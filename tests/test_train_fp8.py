@@ -5,6 +5,7 @@ make.
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -496,3 +497,122 @@ def test_recomputing_activations_changes_nothing_but_memory(text, tmp_path):
 def test_rows_that_processes_cannot_share_are_refused(fails, text, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "3 processes cannot share" in fails(train_fp8.main, ["--batch-size", "8"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Phases, memory, comparison
+
+
+def phases(tmp_path, *wanted):
+    path = tmp_path / "phases.json"
+    path.write_text(json.dumps(wanted), encoding="utf-8")
+    return ["--phases", str(path)]
+
+
+def test_phases_change_text_length_and_rate_at_their_steps(text, tmp_path, monkeypatch):
+    """Tokens a step stay; a constant rate replaces the schedule; stopping anywhere, the border
+    included, changes nothing.
+    """
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text("zebra " * 4000, encoding="utf-8")
+    flags = [*phases(tmp_path, dict(fraction=0.5), dict(fraction=0.25, seq_len=64, data=str(other)),
+                     dict(fraction=0.25, seq_len=16, lr=1e-4)), "--steps", "8"]
+    shapes, step = [], train_fp8.train_step
+
+    def watched(model, optimizer, batches, run, lr, device):
+        shapes.append((run.batch_size, run.seq_len, pathlib.Path(run.data).name, lr))
+        return step(model, optimizer, batches, run, lr, device)
+    monkeypatch.setattr(train_fp8, "train_step", watched)
+    run_main(text, tmp_path / "whole", *flags)
+    assert [s[:3] for s in shapes] == 4 * [(4, 32, "text")] + 2 * [(2, 64, "other")] + 2 * [
+        (8, 16, "text")]
+    assert [s[3] for s in shapes[-2:]] == [1e-4, 1e-4]
+    assert shapes[5][3] == wsd(5, 8, Run.lr)
+    for n in ("4", "1", "3"):
+        run_main(text, tmp_path / "parts", *flags, "--stop-after", n)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("wanted, words", [
+    ([dict(fraction=0.5)], "must sum to 1 (they sum to 0.5)"),
+    ([dict(fraction=1, rate=2)], "not rate"), ([dict(data="x")], "must be a JSON list"),
+    ([dict(fraction=1, seq_len=48)], "must divide the 128 tokens"), (3, "must be a JSON list"),
+])
+def test_bad_phases_are_one_line_and_write_nothing(fails, text, tmp_path, wanted, words):
+    path = tmp_path / "phases.json"
+    path.write_text(json.dumps(wanted))
+    flags = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "2"]
+    assert words in fails(train_fp8.main, [*flags, "--phases", str(path)])
+    assert not (tmp_path / "out").exists()
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags, tolerance", [([], 0.06), (["--recompute"], 0.001),
+                                              (["--recipe", "bf16"], 0.06)])
+def test_predicted_bytes_are_the_measured_ones(capsys, flags, tolerance):
+    """Weights, gradients and moments exactly (Adam's step counters aside); activations as traced on
+    the meta device, where attention keeps a little more than the CPU's kernel does.
+    """
+    train_fp8.main(["--profile-memory", "--device", "cpu", "--compute-dtype", "float32",
+                    "--batch-size", "2", "--seq-len", "64", *flags])
+    result = last_line(capsys)
+    predicted, measured = result["predicted"], result["measured"]
+    n = HybridConfig.preset("toy").n_params()
+    assert predicted["weights"] == measured["weights"] == predicted["gradients"] == 4 * n
+    assert measured["gradients"] == 4 * n
+    assert predicted["optimizer"] == 8 * n == pytest.approx(measured["optimizer"], rel=1e-4)
+    assert predicted["activations"] == pytest.approx(measured["activations"], rel=tolerance)
+
+
+def test_a_size_that_does_not_fit_is_predicted_without_memory(capsys):
+    train_fp8.main(["--profile-memory", "--preset", "nemotron-h-56b", "--device", "cpu",
+                    "--compute-dtype", "bfloat16", "--batch-size", "1", "--seq-len", "128"])
+    result = last_line(capsys)
+    assert result["measured"] == {} and result["predicted"]["weights"] == 4 * 56_324_350_464
+
+
+COMPARE = ["--compare", "--seeds", "2", "--steps", "2", *SMALL]
+
+
+def test_a_comparison_pairs_runs_and_goes_on_where_it_stopped(fails, text, tmp_path, capsys):
+    flags = [*COMPARE, "--data", str(text), "--out", str(tmp_path / "out")]
+    train_fp8.main(flags)
+    first = last_line(capsys)
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+    rows = read_rows(tmp_path / "out" / "cells.jsonl")[1:]
+    cells = {(row["arm"], row["seed"]): row for row in rows}
+    assert len(cells) == len(rows) == 8
+    for arm, gap in first["gap"].items():
+        each = [cells[arm, s]["val_loss"] / cells["bf16", s]["val_loss"] - 1 for s in (0, 1)]
+        assert gap["mean"] == pytest.approx(sum(each) / 2)
+        assert gap["standard_error"] == pytest.approx(abs(each[0] - each[1]) / 2)
+    for s in (0, 1):                                    # the same weights and batch at the start
+        losses = [cells[arm, s]["losses"][0] for arm in train_fp8.ARMS]
+        assert losses[0] == losses[1] and max(losses) - min(losses) < 0.01 * losses[0]
+        assert len(set(losses)) == 3
+
+    path = tmp_path / "out" / "cells.jsonl"             # a stop in the middle of a line
+    path.write_text("\n".join(path.read_text().splitlines()[:6])[:-40])
+    train_fp8.main(flags)
+    again = capsys.readouterr().out
+    assert "4 runs to do" in again and json.loads(again.splitlines()[-1]) == first
+    assert "other settings" in fails(train_fp8.main, [*flags, "--lr", "1e-2"])
+
+
+def test_demonstrations_show_underflow_and_what_one_token_does(capsys):
+    train_fp8.main(["--demo"])
+    result = last_line(capsys)
+    assert result["unscaled 1e-06"][:2] == [0, 0] and result["unscaled 1e-06"][2] > 31
+    assert result["outlier nemotron-h"][1] < 20 and result["outlier nano2"][1] > 27
+
+
+def test_open_steps_are_what_fits_into_the_minutes(text, tmp_path, capsys):
+    run_main(text, tmp_path / "out", "--minutes", "0.001", "--stop-after", "1")
+    assert "steps        120," in capsys.readouterr().out
+    run_main(text, tmp_path / "out", "--minutes", "9", "--stop-after", "1")     # settled already
+    state = torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)
+    assert state["run"]["steps"] == 120 and state["step"] == 2
