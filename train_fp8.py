@@ -59,8 +59,7 @@ tokenizer.json, metrics.jsonl, loss.png, and train_state.pt: everything that res
 file, renamed into place. Running into the same folder again continues; a folder of another run is
 refused unless --overwrite.
 
-Left out: FP8 weights in the all-gather (gathered in the compute dtype), an FP8 optimizer, delayed
-scaling, tensor and pipeline parallelism, loading a model too large for one host's memory (every
+Left out: an FP8 optimizer, delayed scaling, tensor and pipeline parallelism, loading a model too large for one host's memory (every
 process builds it whole before sharding).
 
     python train_fp8.py                     the toy on the standard library's text, 5 min on 2 cores
@@ -94,6 +93,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -324,9 +324,12 @@ class _Float8Matmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, w, recipe, backend):
+    def forward(ctx, x, w, recipe, backend, on_grid=False):
         a = operand(x, recipe.x_format, recipe.x_block, recipe, backend, shared=True)
-        b = operand(w, recipe.w_format, recipe.w_block, recipe, backend, dtype=x.dtype)
+        if on_grid and backend == "emulated":
+            b = Operand(w.to(x.dtype), None, recipe.w_block)
+        else:
+            b = operand(w, recipe.w_format, recipe.w_block, recipe, backend, dtype=x.dtype)
         ctx.recipe, ctx.backend, ctx.w_dtype = recipe, backend, w.dtype
         kept = a if recipe.per_tensor else Operand(x, None, None)
         ctx.save_for_backward(kept.values, kept.inverse, b.values, b.inverse)
@@ -349,7 +352,7 @@ class _Float8Matmul(torch.autograd.Function):
                 g = along_tokens(dy, fmt, block, recipe, backend)
                 a = along_tokens(x, recipe.x_format, recipe.x_block, recipe, backend)
             dw = gemm(g, a, ctx.w_dtype)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 def along_tokens(x, fmt, block, recipe, backend):
@@ -373,12 +376,14 @@ class Float8Linear(Linear):
     def __init__(self, d_in, d_out, recipe, backend="emulated"):
         super().__init__(d_in, d_out)
         self.recipe, self.backend, self.always = recipe, backend, False
+        self.on_grid = False        # the weight was rounded already, on its way here
 
     def forward(self, x):
         if not (torch.is_grad_enabled() or self.always):
             return super().forward(x)
         w = self.weight
-        y = _Float8Matmul.apply(x.reshape(-1, x.shape[-1]), w, self.recipe, self.backend)
+        y = _Float8Matmul.apply(x.reshape(-1, x.shape[-1]), w, self.recipe, self.backend,
+                                self.on_grid)
         return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self):
@@ -472,6 +477,7 @@ class Run:
     pow2: bool = False              # round FP8 scales down to powers of two
     amax_reduce: bool = False       # nemotron-h: scales over all processes, not each its own
     phases: str = ""                # JSON file: a list of {"fraction", "data", "seq_len", "lr"}
+    float8_gather: bool = False     # FSDP moves the weights of FP8 layers as codes, 1 byte a value
     recompute: bool = False         # activation checkpointing: keep only the blocks' inputs
     steps: int = 0                  # optimizer steps; 0 = what fits into --minutes, at most 1000
     minutes: float = 4.5            # of training, as measured at the start, when --steps is 0
@@ -580,12 +586,77 @@ def recompute_activations(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def shard(model):
+class Float8Weight(torch.Tensor):
+    """A weight, or the part of it that one process keeps, that FSDP gathers as FP8 codes: one byte
+    a value moves, and four a block. In all else it is the high-precision tensor that it holds.
+
+    The codes are those that the layer would make of the gathered weight: one scale a tensor needs
+    the largest amax of all processes, blocks need parts of whole blocks. They travel as uint8,
+    since not every backend knows float8, and arrive dequantised, in the compute dtype.
+    """
+    KEPT = [getattr(torch.ops.aten, name) for name in (
+        "detach", "clone", "new_zeros", "slice", "split", "view", "as_strided", "_to_copy", "alias")]
+
+    @staticmethod
+    def __new__(cls, values, recipe):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(),
+            dtype=values.dtype, device=values.device, requires_grad=values.requires_grad)
+
+    def __init__(self, values, recipe):
+        self.values, self.recipe = values, recipe
+
+    def __repr__(self):
+        return f"Float8Weight({self.values})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        mine = next(m for m in tree_leaves((args, kwargs)) if isinstance(m, cls))
+        args, kwargs = tree_map_only(cls, lambda m: m.values, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        if func is torch.ops.aten.copy_.default and out is mine.values:
+            return mine
+        if func.overloadpacket in cls.KEPT:
+            return tree_map_only(torch.Tensor, lambda m: cls(m, mine.recipe), out)
+        return out
+
+    def fsdp_pre_all_gather(self, mesh):
+        """The tensors to gather, and what every process knows already."""
+        recipe, scale = self.recipe, None
+        if recipe.w_block is None:
+            scale = block_scales(in_blocks(self.values, None), recipe.w_format, recipe.pow2)
+            dist.all_reduce(scale, dist.ReduceOp.MIN, group=mesh.get_group())
+        codes, inverse = quantize(self.values, recipe.w_format, recipe.w_block, recipe.pow2, scale)
+        codes = codes.view(torch.uint8)
+        return ((codes,), inverse) if recipe.w_block is None else ((codes, inverse), None)
+
+    def fsdp_post_all_gather(self, gathered, inverse, param_dtype, *, out=None):
+        """What arrived -> the whole weight, and the tensors that FSDP may free after use."""
+        codes, recipe = gathered[0].view(self.recipe.w_format), self.recipe
+        inverse = inverse if recipe.w_block is None else gathered[1]
+        whole = dequantize(codes, inverse, recipe.w_block, param_dtype)
+        if out is None:
+            return whole, (whole,)
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
+            out.copy_(whole)
+
+
+def gather_in_float8(linears):
+    """Make the weights of these layers Float8Weight where recipe and shape allow it."""
+    size = dist.get_world_size()
+    for m in linears:
+        rows = m.recipe.w_block[0] if m.recipe.w_block else 1
+        if m.out_features % (size * rows) == 0:
+            m.weight = torch.nn.Parameter(Float8Weight(m.weight.data, m.recipe))
+            m.on_grid = True
+
+
+def shard(model, float8_gather=False):
     """FSDP2, in place: every process keeps its part of each parameter, of its gradient and of its
     moments in fp32, and gathers a layer's parameters when they are needed.
 
-    Two groups a block: the linears, gathered in the compute dtype, and the small ones, gathered in
-    fp32, since A_log, dt_bias, D and the norms must not be rounded. Gradients are summed in fp32.
+    Two groups a block: the linears, gathered in the compute dtype or as codes (`Float8Weight`), and
+    the small ones, gathered in fp32, since A_log, dt_bias, D and the norms must not be rounded. Gradients are summed in fp32.
     """
     mesh = dist.device_mesh.init_device_mesh(model.lm_head.weight.device.type,
                                              (dist.get_world_size(),))
@@ -593,6 +664,8 @@ def shard(model):
     low = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
     for block in model.backbone.layers:
         linears = [m for m in block.modules() if isinstance(m, Linear)]
+        if float8_gather:
+            gather_in_float8([m for m in linears if isinstance(m, Float8Linear)])
         fully_shard(linears, mesh=mesh, mp_policy=low)
         fully_shard(block, mesh=mesh, mp_policy=fine)
     fully_shard(model.backbone.norm_f, mesh=mesh, mp_policy=fine)
@@ -799,8 +872,20 @@ def training_tensors(model, optimizer):
     has not stepped has none (and asking for them would make torch take a step).
     """
     if not optimizer.state:
-        return dict(model=get_model_state_dict(model))
-    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+        return dict(model=plain(get_model_state_dict(model)))
+    parameters, moments = get_state_dict(model, optimizer)
+    return dict(model=plain(parameters), optimizer=moments)
+
+
+def plain(tensors):
+    """The same storage without Float8Weight around it, as checkpoints hold it."""
+    def unwrap(m):
+        local = m.to_local() if isinstance(m, DTensor) else m
+        if not isinstance(local, Float8Weight):
+            return m
+        return DTensor.from_local(local.values, m.device_mesh, m.placements, shape=m.shape,
+                                  stride=m.stride(), run_check=False)
+    return {name: unwrap(m.detach()) for name, m in tensors.items()}
 
 
 def load_state(state, folder, model, optimizer):
@@ -810,9 +895,10 @@ def load_state(state, folder, model, optimizer):
         parts = pathlib.Path(folder) / state["parts"]
         stepped = any(key.startswith("optimizer.")
                       for key in dcp.FileSystemReader(parts).read_metadata().state_dict_metadata)
-        tensors = dict(model=get_model_state_dict(model))
+        tensors = dict(model=plain(get_model_state_dict(model)))
         if stepped:
-            tensors = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+            parameters, moments = get_state_dict(model, optimizer)
+            tensors = dict(model=plain(parameters), optimizer=moments)
         dcp.load(tensors, checkpoint_id=parts)
     else:
         tensors = {key: state[key] for key in ("model", "optimizer") if key in state}
@@ -1431,7 +1517,7 @@ def body(run):
     if size > 1:
         run, matmul, model.compute_dtype = from_first(run, matmul, model.compute_dtype)
         dist.barrier()              # nobody writes to the folder before all have looked into it
-        shard(model)
+        shard(model, run.float8_gather)
     if run.recompute:
         recompute_activations(model)
     if state is None and rank == 0:

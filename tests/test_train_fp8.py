@@ -404,7 +404,8 @@ RUNS = {        # each once by two processes, in one torchrun, and again by one
     "nano2": ["--recipe", "nano2"],
     "nemotron-h": ["--recipe", "nemotron-h", "--amax-reduce"],
     "local amax": ["--recipe", "nemotron-h"],
-    "stopped": ["--recipe", "nano2", "--recompute", "--stop-after", "2"],
+    "gathered": ["--recipe", "nemotron-h", "--float8-gather"],
+    "stopped": ["--recipe", "nano2", "--recompute", "--float8-gather", "--stop-after", "2"],
 }
 SHARED = [*SMALL, "--seq-len", "64", "--steps", "4", "--lr", "1e-5", "--eval-every", "2"]
 
@@ -463,6 +464,23 @@ def test_scales_of_each_process_alone_differ_from_the_whole_batch(pairs, tmp_pat
     assert largest_difference(one, two, steps=1) > 1e-4
 
 
+def test_weights_gathered_as_codes_are_those_that_the_layers_make(pairs):
+    """Bit for bit the same losses: the same codes of the same scales, made before the gather."""
+    losses = [[row["loss"] for row in metrics(pairs / "runs" / name)]
+              for name in ("local amax", "gathered")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_weight_travels_as_one_byte_a_value_and_arrives_rounded():
+    recipe = train_fp8.RECIPES["nano2"]
+    w = torch.randn(256, 200)
+    sent, known = train_fp8.Float8Weight(w, recipe).fsdp_pre_all_gather(None)
+    assert [m.dtype for m in sent] == [torch.uint8, torch.float32] and known is None
+    assert [tuple(m.shape) for m in sent] == [(256, 200), (2, 2)]
+    whole, _ = train_fp8.Float8Weight(w, recipe).fsdp_post_all_gather(sent, known, torch.float32)
+    assert torch.equal(whole, train_fp8.fake_quantize(w, recipe.w_format, recipe.w_block))
+
+
 def test_a_checkpoint_of_two_processes_is_read_by_one_exactly(pairs, tmp_path):
     """Weights are bit for bit those that two processes gathered and saved, and so are moments."""
     out = tmp_path / "copy"
@@ -480,7 +498,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one_exactly(pairs, tmp_path):
     assert all(m["exp_avg"].abs().max() > 0 for m in moments.values())
 
     train_fp8.main(["--data", str(pairs / "text"), "--out", str(out), *SHARED, "--recipe", "nano2",
-                    "--recompute"])
+                    "--recompute", "--float8-gather"])
     assert largest_difference(out, by_one(pairs, "nano2", tmp_path / "one")[0]) < 1e-3
     assert not list(out.glob("train_state-*")), "parts of an older checkpoint are left"
 
