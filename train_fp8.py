@@ -27,15 +27,15 @@ Emulation, on any device: the operands are rounded to the FP8 grid and multiplie
 where the CPU has it, at 50 dB and more from the fp32 product). Products of two codes are exact in
 fp32, so this is what the hardware computes, up to accumulation: Hopper's tensor cores keep fewer
 bits with fast accumulation (on in nemotron-h's forward), and emulation cannot show that, nor speed.
-Its price here is 5 to 15% of a training step, as rounding is one addition (`round_to_grid`) and the
-rows being worked on stay in the cache. The real GEMMs (--fp8-backend hopper) follow cuBLASLt's
-documented layouts and have not been run: not measured.
+Its price is 2% (nemotron-h) and 10% (nano2) of the toy's training step in fp32, as rounding is one
+addition (`round_to_grid`) and the rows being worked on stay in the cache. The real GEMMs
+(--fp8-backend hopper) follow cuBLASLt's documented layouts and have not been run: not measured.
 
 We differ from nanochat's fp8.py (one recipe, codes kept for nemotron-h alone; here x is kept in
-high precision for nano2, since tiles along tokens need it), from Model-Bridge's nano2 preset, whose
-gradients are E5M2 where the paper has E4M3, and from torchao, whose block GEMMs want multiples of
-128: the MLP of the 9B has 15680 = 122.5 blocks. `_scaled_mm` is never used on a CPU: e4m3 x e4m3
-goes through a reference kernel there, 44 s for 1024 cubed.
+high precision for nano2, since tiles along tokens need it), from Megatron-Bridge's nano2 preset,
+whose gradients are E5M2 where the paper has E4M3, and from torchao, whose block GEMMs want
+multiples of 128: the MLP of the 9B has 15680 = 122.5 blocks. `_scaled_mm` is never used on a CPU:
+e4m3 x e4m3 goes through a reference kernel there, 44 s for 1024 cubed.
 
 The loop: AdamW (0.9, 0.95, weight decay 0.1), clip 1.0, a warmup-stable-decay schedule, packed
 windows. The papers: 8192-token sequences in batches of 6 M tokens, WSD from 4.5e-4 to 4.5e-6 with
@@ -59,8 +59,8 @@ tokenizer.json, metrics.jsonl, loss.png, and train_state.pt: everything that res
 file, renamed into place. Running into the same folder again continues; a folder of another run is
 refused unless --overwrite.
 
-Left out: an FP8 optimizer, delayed scaling, tensor and pipeline parallelism, loading a model too large for one host's memory (every
-process builds it whole before sharding).
+Left out: an FP8 optimizer, delayed scaling, tensor and pipeline parallelism, a model too large for
+one host's memory (every process builds it whole before sharding).
 
     python train_fp8.py                     the toy on the standard library's text, 5 min on 2 cores
     python train_fp8.py --data my_texts/ --out out/mine
@@ -97,8 +97,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (Batches, TokenData, load_data, parse_flags, run_script,
-                  validation_batches)
+from data import Batches, TokenData, load_data, parse_flags, run_script, validation_batches
 from model import (HybridConfig, HybridLM, median_seconds, replace_file, save_hf, tune_cpu,
                    write_text)
 from ssm import Linear
@@ -595,7 +594,8 @@ class Float8Weight(torch.Tensor):
     since not every backend knows float8, and arrive dequantised, in the compute dtype.
     """
     KEPT = [getattr(torch.ops.aten, name) for name in (
-        "detach", "clone", "new_zeros", "slice", "split", "view", "as_strided", "_to_copy", "alias")]
+        "detach", "clone", "alias", "new_zeros", "slice", "split", "view", "as_strided",
+        "_to_copy")]
 
     @staticmethod
     def __new__(cls, values, recipe):
@@ -655,8 +655,9 @@ def shard(model, float8_gather=False):
     """FSDP2, in place: every process keeps its part of each parameter, of its gradient and of its
     moments in fp32, and gathers a layer's parameters when they are needed.
 
-    Two groups a block: the linears, gathered in the compute dtype or as codes (`Float8Weight`), and
-    the small ones, gathered in fp32, since A_log, dt_bias, D and the norms must not be rounded. Gradients are summed in fp32.
+    Two groups a block: the linears, gathered in the compute dtype or, with float8_gather, as codes
+    (`Float8Weight`; evaluation then sees rounded weights too), and the small ones, gathered in
+    fp32, since A_log, dt_bias, D and the norms must not be rounded. Gradients are summed in fp32.
     """
     mesh = dist.device_mesh.init_device_mesh(model.lm_head.weight.device.type,
                                              (dist.get_world_size(),))
@@ -821,6 +822,10 @@ def open_folder(run):
         except Exception as error:      # torch raises many kinds for a file that is not its own
             raise ValueError(f"{state_file} cannot be read ({type(error).__name__}): move it "
                              "away, or --overwrite") from None
+        parts = state.get("parts")
+        if parts and not (folder / parts / ".metadata").exists():
+            raise ValueError(f"{folder / parts}, which {state_file.name} names, is missing or not "
+                             "whole: restore it, or --overwrite")
         if difference:
             raise FileExistsError(f"{folder} holds another run ({difference}): choose another "
                                   "--out, or --overwrite")
@@ -838,6 +843,8 @@ def clear_folder(run):
     """Make the folder, remove what an overwritten run left; last the state, which guards it."""
     folder = pathlib.Path(run.out)
     folder.mkdir(parents=True, exist_ok=True)
+    for parts in folder.glob("train_state-*"):
+        shutil.rmtree(parts)
     for name in sorted(RUN_FILES, key=lambda name: name == "train_state.pt"):
         (folder / name).unlink(missing_ok=True)
 

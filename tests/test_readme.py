@@ -49,14 +49,18 @@ def test_every_command_runs(tmp_path):
         if any(skip in command for skip in NOT_RUN):
             continue
         words = shlex.split(command)
-        assert words[0] == "python", f"do not know how to run: {command}"
-        script, flags = words[1], words[2:]
+        assert words[0] in ("python", "torchrun"), f"do not know how to run: {command}"
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script, flags = words[at], words[at + 1:]
+        launcher = ["-m", "torch.distributed.run", *words[1:at]] if words[0] == "torchrun" else []
         assert (ROOT / script).exists(), command
         if script == "train_fp8.py" and "--data" not in flags:
             flags += ["--data", "my_texts"]
-        result = subprocess.run([sys.executable, ROOT / script, *flags, *SHORTER.get(script, [])],
-                                cwd=tmp_path,
-                                capture_output=True, text=True)
+        if "--compare" in flags:
+            flags += ["--seeds", "2"]
+        result = subprocess.run([sys.executable, *launcher, ROOT / script, *flags,
+                                 *SHORTER.get(script, [])], cwd=tmp_path, capture_output=True,
+                                text=True)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         ran += 1
     assert ran >= 6

@@ -503,6 +503,16 @@ def test_a_checkpoint_of_two_processes_is_read_by_one_exactly(pairs, tmp_path):
     assert not list(out.glob("train_state-*")), "parts of an older checkpoint are left"
 
 
+def test_missing_parts_are_one_line_and_an_overwritten_run_leaves_none(pairs, tmp_path, fails):
+    out = tmp_path / "copy"
+    shutil.copytree(pairs / "runs" / "stopped", out)
+    flags = ["--data", str(pairs / "text"), "--out", str(out), *SHARED, *RUNS["stopped"]]
+    (out / "train_state-2" / ".metadata").unlink()
+    assert "is missing or not whole" in fails(train_fp8.main, flags)
+    train_fp8.main([*flags, "--overwrite"])
+    assert not list(out.glob("train_state-*"))
+
+
 def test_recomputing_activations_changes_nothing_but_memory(text, tmp_path):
     """The same operations run again: bit for bit, FP8 codes included."""
     for name, flags in (("one", []), ("two", ["--recompute"])):
