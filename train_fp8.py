@@ -80,6 +80,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -532,6 +533,11 @@ class Run:
                                  "from 0 to 1")
         if self.warmup + self.decay > 1:
             raise ValueError(f"--warmup {self.warmup} + --decay {self.decay} must be at most 1")
+        if self.amax_reduce and self.recipe != "nemotron-h" and not self.compare:
+            raise ValueError("--amax-reduce is for --recipe nemotron-h, whose scales span all "
+                             f"tokens; {self.recipe} has nothing to reduce")
+        if self.compare and self.phases:
+            raise ValueError("--compare trains on one text: leave --phases away")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues, --overwrite starts anew: give one of them")
 
@@ -906,7 +912,9 @@ def load_state(state, folder, model, optimizer):
         if stepped:
             parameters, moments = get_state_dict(model, optimizer)
             tensors = dict(model=plain(parameters), optimizer=moments)
-        dcp.load(tensors, checkpoint_id=parts)
+        with warnings.catch_warnings():     # that one process may read it is the point
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, checkpoint_id=parts)
     else:
         tensors = {key: state[key] for key in ("model", "optimizer") if key in state}
     if "optimizer" in tensors:
@@ -1048,11 +1056,15 @@ def load_phases(run, token_data):
         if not isinstance(length, int) or length < 1 or tokens % length:
             raise ValueError(f"--phases {run.phases}: seq_len {length!r} must divide the {tokens} "
                              "tokens of a step")
+        lr = phase.get("lr")
+        if not isinstance(data, str) or not (lr is None or isinstance(lr, (int, float)) and lr > 0):
+            raise ValueError(f"--phases {run.phases}: data {data!r} must be a path and lr {lr!r} a "
+                             "positive number")
         mine = dataclasses.replace(run, seq_len=length, batch_size=tokens // length, data=data)
         text = token_data if data == run.data else load_data(
             data, run.tokenizer, token_data.vocab_size, token_data.tokenizer_json)
         make_batches(mine, text)
-        phases.append(Phase(done, mine, text, phase.get("lr")))
+        phases.append(Phase(done, mine, text, lr))
     return phases
 
 
@@ -1192,6 +1204,7 @@ def train_cell(run, arm, seed, config, token_data, device, dtype):
         losses.append(train_step(model, optimizer, batches, mine, lr, device)[0])
     cell = dict(arm=arm, seed=seed, losses=losses,
                 val_loss=evaluate(model, token_data.validation, run.batch_size, run.seq_len,
+                                  token_data.separator if run.reset_documents else None,
                                   limit=32 * run.batch_size * run.seq_len))
     if arm == "bf16":
         batch = [None if m is None else m.to(device) for m in batches.next()]
@@ -1240,9 +1253,9 @@ def compare(run):
     return report_gaps(run, cells, folder)
 
 
-COMPARE_SETTINGS = ("preset", "pattern", "data", "tokenizer", "steps", "batch_size", "seq_len",
-                    "lr", "min_lr", "warmup", "decay", "weight_decay", "clip", "fp8_backend",
-                    "pow2")
+COMPARE_SETTINGS = ("preset", "pattern", "data", "tokenizer", "reset_documents", "steps",
+                    "batch_size", "grad_accum", "seq_len", "lr", "min_lr", "warmup", "decay",
+                    "weight_decay", "clip", "fp8_backend", "pow2")
 
 
 def mean_and_error(values):

@@ -315,6 +315,12 @@ def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text
 @pytest.mark.parametrize("flags, words", [
     (["--recipe", "fp4"], "--recipe is 'fp4', must be one of bf16"),
     (["--steps", "-1"], "--steps is -1"), (["--minutes", "0"], "--minutes is 0"),
+    (["--amax-reduce"], "nano2 has nothing to reduce"),
+    (["--compare", "--phases", "x.json"], "leave --phases away"),
+    (["--compare", "--seeds", "1"], "--seeds is 1, must be at least 2"),
+    (["--fp8-backend", "hopper"], "it has no FP8 matmul"),
+    (["--fp8-backend", "tpu"], "must be auto, emulated or hopper"),
+    (["--pattern", "M-"], "nothing to convert"),
     (["--preset", "huge"], "preset 'huge' is not one of"),
     (["--pattern", "M-Q"], "must be letters of M"),
     (["--pattern", "ME"], "has experts"), (["--lr", "-1"], "--lr is -1.0, must be positive"),
@@ -565,7 +571,10 @@ def test_phases_change_text_length_and_rate_at_their_steps(text, tmp_path, monke
 @pytest.mark.parametrize("wanted, words", [
     ([dict(fraction=0.5)], "must sum to 1 (they sum to 0.5)"),
     ([dict(fraction=1, rate=2)], "not rate"), ([dict(data="x")], "must be a JSON list"),
-    ([dict(fraction=1, seq_len=48)], "must divide the 128 tokens"), (3, "must be a JSON list"),
+    ([dict(fraction=1, seq_len=48)], "must divide the 128 tokens"),
+    ([dict(fraction=1, lr="high")], "lr 'high' a positive number"),
+    ([dict(fraction="half")], "must be a JSON list"), ([], "must sum to 1"),
+    (3, "must be a JSON list"),
 ])
 def test_bad_phases_are_one_line_and_write_nothing(fails, text, tmp_path, wanted, words):
     path = tmp_path / "phases.json"
