@@ -47,7 +47,8 @@ measured step); norms, decays, states and the loss are fp32.
 
 Several GPUs: torchrun, FSDP2 (`shard`), --recompute, checkpoints in parts that any number of
 processes reads. Scales are local to a process, as in Transformer Engine; --amax-reduce makes
-nemotron-h's those of the whole batch, so that 2 processes compute what 1 does.
+nemotron-h's those of the whole batch, so that 2 processes compute what 1 does in fp32 (in bf16,
+FSDP gathers weights already rounded to bf16).
 
 Glossary: as in model.py. code: an 8-bit float; grid: the values that have one; amax: the largest
 magnitude; inverse: 1 / scale; block: what shares a scale, tile: a block of one row. WSD: linear
@@ -845,17 +846,24 @@ def open_folder(run):
     return None
 
 
+def part_folders(folder):
+    """Those that `save_state` made for several processes, and nothing else of a similar name."""
+    return [parts for parts in folder.glob("train_state-*")
+            if parts.name.removeprefix("train_state-").isdecimal() and parts.is_dir()
+            and ((parts / ".metadata").exists() or any(parts.glob("*.distcp")))]
+
+
 def clear_folder(run):
     """Make the folder, remove what an overwritten run left; last the state, which guards it."""
     folder = pathlib.Path(run.out)
     folder.mkdir(parents=True, exist_ok=True)
-    for parts in folder.glob("train_state-*"):
+    for parts in part_folders(folder):
         shutil.rmtree(parts)
     for name in sorted(RUN_FILES, key=lambda name: name == "train_state.pt"):
         (folder / name).unlink(missing_ok=True)
 
 
-def save_state(run, model, optimizer, batches, step, token_data, matmul):
+def save_state(run, model, optimizer, batches, step, token_data, matmul, phases):
     """train_state.pt: all that resuming needs, whole or not at all.
 
     Several processes write their parts into a folder beside it (torch.distributed.checkpoint), and
@@ -866,7 +874,7 @@ def save_state(run, model, optimizer, batches, step, token_data, matmul):
     state = dict(run=dataclasses.asdict(run), step=step, position=batches.position,
                  fingerprint=token_data.fingerprint, tokenizer_json=token_data.tokenizer_json,
                  rng=torch.get_rng_state(), compute_dtype=str(model.compute_dtype)[6:],
-                 matmul=matmul)
+                 matmul=matmul, phases=phases)
     tensors = training_tensors(model, optimizer)
     if size > 1:
         dcp.save(tensors, checkpoint_id=parts, no_dist=False)
@@ -875,7 +883,7 @@ def save_state(run, model, optimizer, batches, step, token_data, matmul):
         state |= tensors
     if rank == 0:
         replace_file(folder / "train_state.pt", lambda temporary: torch.save(state, temporary))
-        for other in folder.glob("train_state-*"):
+        for other in part_folders(folder):
             if other.name != state.get("parts"):
                 shutil.rmtree(other)
 
@@ -914,7 +922,11 @@ def load_state(state, folder, model, optimizer):
             tensors = dict(model=plain(parameters), optimizer=moments)
         with warnings.catch_warnings():     # that one process may read it is the point
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors, checkpoint_id=parts)
+            try:
+                dcp.load(tensors, checkpoint_id=parts)
+            except (Exception, dcp.api.CheckpointException) as error:
+                raise ValueError(f"{parts} cannot be read ({type(error).__name__}): restore it, or "
+                                 "--overwrite") from None
     else:
         tensors = {key: state[key] for key in ("model", "optimizer") if key in state}
     if "optimizer" in tensors:
@@ -1045,7 +1057,7 @@ def load_phases(run, token_data):
         raise ValueError(f"--phases {run.phases} must be a JSON list of objects with a fraction "
                          "and, if they differ, data, seq_len, lr "
                          f"({type(error).__name__}: {error})") from None
-    if unknown or abs(total - 1) > 1e-6 or min(phase["fraction"] for phase in wanted) <= 0:
+    if unknown or not abs(total - 1) <= 1e-6 or min(phase["fraction"] for phase in wanted) <= 0:
         raise ValueError(f"--phases {run.phases}: positive fractions must sum to 1 (they sum to "
                          f"{total:g}), keys are fraction, data, seq_len, lr"
                          + (f", not {', '.join(sorted(unknown))}" if unknown else ""))
@@ -1057,7 +1069,8 @@ def load_phases(run, token_data):
             raise ValueError(f"--phases {run.phases}: seq_len {length!r} must divide the {tokens} "
                              "tokens of a step")
         lr = phase.get("lr")
-        if not isinstance(data, str) or not (lr is None or isinstance(lr, (int, float)) and lr > 0):
+        if not isinstance(data, str) or not (
+                lr is None or isinstance(lr, (int, float)) and 0 < lr < math.inf):
             raise ValueError(f"--phases {run.phases}: data {data!r} must be a path and lr {lr!r} a "
                              "positive number")
         mine = dataclasses.replace(run, seq_len=length, batch_size=tokens // length, data=data)
@@ -1080,9 +1093,15 @@ def train(run, model, token_data, state=None, matmul=None, phases=None):
     first = saved = 0 if state is None else state["step"]
     phases = phases or load_phases(run, token_data)
     phases = [phase._replace(end=round(phase.end * run.steps)) for phase in phases]
-    phase = next((p for p in phases if first < p.end), phases[-1])
+    phases[-1] = phases[-1]._replace(end=run.steps)
+    plan = [[p.end, p.run.seq_len, p.lr, p.token_data.fingerprint] for p in phases]
+    if state is not None and state["phases"] != plan:
+        raise ValueError(f"--phases {run.phases} or the text it names has changed since {run.out} "
+                         "was begun: restore it, or --overwrite")
+    to_come = iter(phases)
+    phase = next((p for p in to_come if first < p.end), phases[-1])
     batches = make_batches(phase.run, phase.token_data, 0 if state is None else state["position"])
-    save = lambda step: save_state(run, model, optimizer, batches, step, token_data, matmul)
+    save = lambda step: save_state(run, model, optimizer, batches, step, token_data, matmul, plan)
     if state is None:
         save(0)
     else:
@@ -1097,7 +1116,7 @@ def train(run, model, token_data, state=None, matmul=None, phases=None):
                                      disable=rank > 0 or None) as bar:
         while step < last and not stop.everywhere():
             while step >= phase.end:
-                phase = phases[phases.index(phase) + 1]
+                phase = next(to_come)
                 batches = make_batches(phase.run, phase.token_data)
             start = time.perf_counter()
             lr = phase.lr or wsd(step, run.steps, run.lr, run.warmup, run.decay, run.min_lr)
@@ -1160,13 +1179,14 @@ def plot_loss(rows, val_loss, val_bpb, xz, path):
 # --compare: what the recipes cost in loss, --demo: how FP8 fails, --bench: what they cost in time
 
 
-def fixed_weights(model, recipe, batch):
+def fixed_weights(model, recipe, batch, pow2=False):
     """One batch through the same weights in high precision and in FP8, all linears converted:
     (relative difference of the loss, SQNR of the whole gradient in dB, the worst parameter's, its
     name). Training is chaotic and hides errors that this shows: a wrong format costs 4 dB here and
     nothing visible in a short run.
     """
-    fp8 = convert_to_fp8(copy.deepcopy(model), recipe, "emulated", ends=0, verbose=False)
+    fp8 = convert_to_fp8(copy.deepcopy(model), recipe, "emulated", ends=0, pow2=pow2,
+                         verbose=False)
     losses = []
     for m in (model, fp8):
         m.zero_grad(set_to_none=True)
@@ -1208,7 +1228,8 @@ def train_cell(run, arm, seed, config, token_data, device, dtype):
                                   limit=32 * run.batch_size * run.seq_len))
     if arm == "bf16":
         batch = [None if m is None else m.to(device) for m in batches.next()]
-        cell["fixed"] = {r: fixed_weights(model, r, batch) for r in RECIPES if r != "bf16"}
+        cell["fixed"] = {r: fixed_weights(model, r, batch, run.pow2)
+                         for r in RECIPES if r != "bf16"}
     return cell
 
 

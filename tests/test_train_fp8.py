@@ -513,10 +513,15 @@ def test_missing_parts_are_one_line_and_an_overwritten_run_leaves_none(pairs, tm
     out = tmp_path / "copy"
     shutil.copytree(pairs / "runs" / "stopped", out)
     flags = ["--data", str(pairs / "text"), "--out", str(out), *SHARED, *RUNS["stopped"]]
+    part = out / "train_state-2" / "__0_0.distcp"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:1000])
+    assert "cannot be read" in fails(train_fp8.main, flags)
+    (out / "train_state-best").mkdir()          # somebody's own
     (out / "train_state-2" / ".metadata").unlink()
     assert "is missing or not whole" in fails(train_fp8.main, flags)
     train_fp8.main([*flags, "--overwrite"])
-    assert not list(out.glob("train_state-*"))
+    assert [p.name for p in out.glob("train_state-*")] == ["train_state-best"]
 
 
 def test_recomputing_activations_changes_nothing_but_memory(text, tmp_path):
@@ -568,11 +573,28 @@ def test_phases_change_text_length_and_rate_at_their_steps(text, tmp_path, monke
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_equal_phases_too_short_for_a_step_are_passed_over(text, tmp_path):
+    short = dict(fraction=0.02, lr=1e-3)
+    flags = phases(tmp_path, dict(fraction=0.4), short, short, dict(fraction=0.56))
+    run_main(text, tmp_path / "out", *flags, "--steps", "3")
+    assert len(metrics(tmp_path / "out")) == 3
+
+
+def test_phases_that_change_are_refused_and_lose_nothing(fails, text, tmp_path):
+    flags = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "4"]
+    train_fp8.main([*flags, *phases(tmp_path, dict(fraction=1)), "--stop-after", "2"])
+    before = (tmp_path / "out" / "train_state.pt").read_bytes()
+    changed = phases(tmp_path, dict(fraction=0.5), dict(fraction=0.5, lr=1e-4))
+    assert "has changed since" in fails(train_fp8.main, [*flags, *changed])
+    assert (tmp_path / "out" / "train_state.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("wanted, words", [
     ([dict(fraction=0.5)], "must sum to 1 (they sum to 0.5)"),
     ([dict(fraction=1, rate=2)], "not rate"), ([dict(data="x")], "must be a JSON list"),
     ([dict(fraction=1, seq_len=48)], "must divide the 128 tokens"),
     ([dict(fraction=1, lr="high")], "lr 'high' a positive number"),
+    ([dict(fraction=float("nan"))], "must sum to 1"),
     ([dict(fraction="half")], "must be a JSON list"), ([], "must sum to 1"),
     (3, "must be a JSON list"),
 ])
