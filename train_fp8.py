@@ -100,8 +100,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import Batches, TokenData, load_data, parse_flags, run_script, validation_batches
-from model import (HybridConfig, HybridLM, median_seconds, replace_file, save_hf, tune_cpu,
-                   write_text)
+from model import (HybridConfig, HybridLM, free_bytes, median_seconds, replace_file, save_hf,
+                   tune_cpu, write_text)
 from ssm import Linear
 
 # ------------------------------------------------------------------------------------------------
@@ -308,11 +308,20 @@ def gemm(a, b, out_dtype, fast_accum=False):
 
 def in_columns(x):
     """An operand's inverse scales in the memory order of cuBLASLt: 1x128 (rows, k blocks) by
-    columns; 128x128 (k blocks up to a multiple of 4, row blocks), also by columns.
+    columns; 128x128 (k blocks up to a multiple of 4, row blocks), also by columns. Strides are
+    those of that order even where an axis has one element, since they are checked.
     """
-    if x.block == (1, 128):
-        return x.inverse.t().contiguous().t()
-    return F.pad(x.inverse, (0, -x.inverse.shape[1] % 4)).contiguous().t()
+    m = x.inverse if x.block == (1, 128) else F.pad(x.inverse, (0, -x.inverse.shape[1] % 4)).t()
+    return torch.empty_strided(m.shape, (1, len(m)), dtype=m.dtype, device=m.device).copy_(m)
+
+
+def whole_sixteens(x):
+    """A Hopper operand with zeros to a multiple of 16 along the axis that is summed over."""
+    short = -x.values.shape[1] % 16
+    if x.inverse is None or not short:
+        return x
+    codes = F.pad(x.values.view(torch.uint8), (0, short)).view(x.values.dtype)
+    return x._replace(values=codes)
 
 
 class _Float8Matmul(torch.autograd.Function):
@@ -348,7 +357,7 @@ class _Float8Matmul(torch.autograd.Function):
             dx = gemm(g, Operand(w, w_inverse, recipe.w_block).t(), dy.dtype)
         if ctx.needs_input_grad[1]:
             if recipe.per_tensor:
-                g, a = g.t(), Operand(x, x_inverse, None).t()
+                g, a = (whole_sixteens(m.t()) for m in (g, Operand(x, x_inverse, None)))
             else:
                 g = along_tokens(dy, fmt, block, recipe, backend)
                 a = along_tokens(x, recipe.x_format, recipe.x_block, recipe, backend)
@@ -380,7 +389,7 @@ class Float8Linear(Linear):
         self.on_grid = False        # the weight was rounded already, on its way here
 
     def forward(self, x):
-        if not (torch.is_grad_enabled() or self.always):
+        if not (torch.is_grad_enabled() or self.always) or not x.numel():
             return super().forward(x)
         w = self.weight
         y = _Float8Matmul.apply(x.reshape(-1, x.shape[-1]), w, self.recipe, self.backend,
@@ -500,7 +509,7 @@ class Run:
     resume: bool = False            # continue --out, and fail if there is nothing to continue
     overwrite: bool = False         # start anew in --out even if it holds another run
     compare: bool = False           # bf16 against both recipes, see --seeds; --steps 0 is 100 then
-    seeds: int = 5                  # of --compare
+    seeds: int = 5                  # of --compare, from --seed on
     demo: bool = False              # print how FP8 fails: unscaled casts, one token x 30000
     bench: bool = False             # time the linears: the 12B's on a GPU, the toy's on a CPU
     profile_memory: bool = False    # bytes of a training step by part, predicted, then measured
@@ -537,14 +546,22 @@ class Run:
         if self.amax_reduce and self.recipe != "nemotron-h" and not self.compare:
             raise ValueError("--amax-reduce is for --recipe nemotron-h, whose scales span all "
                              f"tokens; {self.recipe} has nothing to reduce")
+        modes = [name for name in MODES if getattr(self, name)]
+        if len(modes) > 1 or modes and size > 1:
+            raise ValueError(f"--{modes[-1].replace('_', '-')} runs alone, in one process"
+                             + (f", not with --{modes[0]}" if len(modes) > 1 else ": no torchrun"))
         if self.compare and self.phases:
             raise ValueError("--compare trains on one text: leave --phases away")
+        for name in ("pow2", "float8_gather"):
+            if getattr(self, name) and self.recipe == "bf16":
+                raise ValueError(f"--{name.replace('_', '-')} is for FP8 recipes, not for bf16")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues, --overwrite starts anew: give one of them")
 
 
+MODES = "compare", "demo", "bench", "profile_memory"        # instead of training
 SESSION_FLAGS = ("device", "out", "resume", "overwrite", "stop_after", "eval_every", "save_every",
-                 "minutes", "compare", "seeds", "demo", "bench", "profile_memory")
+                 "minutes", "seeds", *MODES)
 STEPS = (1000, 700, 500, 350, 250, 180, 120)        # what --steps 0 chooses from
 
 
@@ -684,7 +701,8 @@ def shard(model, float8_gather=False):
 def from_first(*values):
     """What the first process has, for all: measurements differ, decisions must not."""
     values = list(values)
-    dist.broadcast_object_list(values)
+    if rank_and_size()[1] > 1:
+        dist.broadcast_object_list(values)
     return values
 
 
@@ -710,7 +728,8 @@ def gathered(model, config):
 def wsd(step, steps, lr, warmup=0.02, decay=0.3, min_lr=0.01):
     """Learning rate of step 0 <= step < steps: linear warmup, constant, then down as 1 - sqrt.
 
-    warmup and decay are fractions of steps. The last step has exactly lr * min_lr.
+    warmup and decay are fractions of steps. The last step has exactly lr * min_lr, if the decay
+    is a step or more.
     """
     warm, down = round(warmup * steps), round(decay * steps)
     if step < warm:
@@ -759,41 +778,48 @@ def bits_per_byte(nats_per_token, tokens, text_bytes):
     return nats_per_token * tokens / text_bytes / math.log(2)
 
 
-CPU_DTYPES = torch.float32, torch.bfloat16
+def seconds_a_pass(model, trial):
+    """Of one forward and backward on this process's rows of a batch: the median of 3."""
+    device = model.lm_head.weight.device
+    trial = [None if m is None else my_rows(m).to(device) for m in trial]
+    seconds = median_seconds(lambda: model.loss(*trial).backward(), device, repeats=3)
+    model.zero_grad(set_to_none=True)
+    return seconds
 
 
-def choose(run, model, trial, dtypes):
-    """Measure a pass in each dtype, set the fastest as the model's compute dtype, and settle the
-    number of steps if it is open. Returns the run.
+def choose_dtype(model, trial):
+    """On a CPU: the faster of fp32 and bf16, in a measured pass of this model.
 
-    Steps come from a coarse ladder, so that the noise of a measurement seldom changes a run. bf16
-    is not even tried on a CPU without bf16 arithmetic: one matmul of 256 cubed says so in
+    bf16 is not even tried on a CPU without bf16 arithmetic: one matmul of 256 cubed says so in
     milliseconds, where a pass through the model would take a minute.
     """
     def matmul(dtype):
         a = torch.randn(256, 256).to(dtype)
         return median_seconds(lambda: a @ a, repeats=3)
-    if dtypes == CPU_DTYPES and matmul(torch.bfloat16) > 4 * matmul(torch.float32):
-        dtypes = (torch.float32,)
-        print("measured     this CPU has no bf16 arithmetic")
-    device, seconds = model.lm_head.weight.device, {}
-    trial = [None if m is None else m.to(device) for m in trial]
-    for dtype in dtypes:
+    slow, = from_first(matmul(torch.bfloat16) > 4 * matmul(torch.float32))
+    if slow:
+        print("measured     this CPU has no bf16 arithmetic: float32")
+        return torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
         model.compute_dtype = dtype
-        seconds[dtype] = median_seconds(lambda: model.loss(*trial).backward(), device, repeats=3)
-    model.zero_grad(set_to_none=True)
-    model.compute_dtype = best = min(seconds, key=seconds.get)
-    print("measured     a pass takes "
-          + ", ".join(f"{1e3 * s:.0f} ms in {str(dtype)[6:]}" for dtype, s in seconds.items())
-          + (f": {str(best)[6:]}" if len(seconds) > 1 else ""))
-    minutes = lambda steps: steps * run.grad_accum * seconds[best] / 60
-    if not run.steps:
-        steps = next((n for n in STEPS if minutes(n) <= run.minutes), STEPS[-1])
-        run = dataclasses.replace(run, steps=steps)
-        print(f"steps        {steps}, of {STEPS[0]} at most: --minutes {run.minutes:g}")
-    print(f"predicted    {minutes(run.steps):.1f} minutes of training, "
-          f"{run.steps * run.batch_size * run.seq_len / 1e6:.2f} M tokens")
-    return run
+        seconds[dtype] = seconds_a_pass(model, trial)
+    best, = from_first(min(seconds, key=seconds.get))
+    print("measured     a pass takes " + ", ".join(
+        f"{1e3 * s:.0f} ms in {str(dtype)[6:]}" for dtype, s in seconds.items())
+        + f": {str(best)[6:]}")
+    return best
+
+
+def choose_steps(run, model, trial):
+    """The run with its number of steps settled: what fits into --minutes, as measured, from a
+    coarse ladder, so that the noise of a measurement seldom changes a run.
+    """
+    seconds = seconds_a_pass(model, trial) * run.grad_accum
+    steps, = from_first(next((n for n in STEPS if n * seconds <= 60 * run.minutes), STEPS[-1]))
+    print(f"steps        {steps}, of {STEPS[0]} at most: a step takes {seconds:.2f} s, --minutes "
+          f"{run.minutes:g}")
+    return dataclasses.replace(run, steps=steps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1076,6 +1102,9 @@ def load_phases(run, token_data):
         mine = dataclasses.replace(run, seq_len=length, batch_size=tokens // length, data=data)
         text = token_data if data == run.data else load_data(
             data, run.tokenizer, token_data.vocab_size, token_data.tokenizer_json)
+        if text.tokenizer_json != token_data.tokenizer_json:
+            raise ValueError(f"--phases {run.phases}: the shards in {data} were written with "
+                             "another tokenizer than the run's")
         make_batches(mine, text)
         phases.append(Phase(done, mine, text, lr))
     return phases
@@ -1098,8 +1127,7 @@ def train(run, model, token_data, state=None, matmul=None, phases=None):
     if state is not None and state["phases"] != plan:
         raise ValueError(f"--phases {run.phases} or the text it names has changed since {run.out} "
                          "was begun: restore it, or --overwrite")
-    to_come = iter(phases)
-    phase = next((p for p in to_come if first < p.end), phases[-1])
+    phase = next((p for p in phases if first < p.end), phases[-1])
     batches = make_batches(phase.run, phase.token_data, 0 if state is None else state["position"])
     save = lambda step: save_state(run, model, optimizer, batches, step, token_data, matmul, plan)
     if state is None:
@@ -1115,15 +1143,14 @@ def train(run, model, token_data, state=None, matmul=None, phases=None):
     with StopRequest() as stop, tqdm(total=run.steps, initial=first, unit="step",
                                      disable=rank > 0 or None) as bar:
         while step < last and not stop.everywhere():
-            while step >= phase.end:
-                phase = next(to_come)
-                batches = make_batches(phase.run, phase.token_data)
             start = time.perf_counter()
             lr = phase.lr or wsd(step, run.steps, run.lr, run.warmup, run.decay, run.min_lr)
             loss, gnorm = train_step(model, optimizer, batches, phase.run, lr, device)
             seconds, step = time.perf_counter() - start, step + 1
             if step == phase.end and step < run.steps:
-                batches.position = 0            # of the phase that begins, as a checkpoint wants it
+                before, phase = phase, next(p for p in phases if step < p.end)
+                if phase.run != before.run:     # else only the rate changes: the text goes on
+                    batches = make_batches(phase.run, phase.token_data)
             row = dict(step=step, loss=loss, gnorm=gnorm, lr=lr, ms=1e3 * seconds,
                        tokens=step * tokens_a_step)
             if step % run.eval_every == 0 and step < run.steps:
@@ -1255,11 +1282,13 @@ def compare(run):
     settings = {k: v for k, v in dataclasses.asdict(run).items() if k in COMPARE_SETTINGS}
     settings |= dict(dtype=str(dtype)[6:], sha256=token_data.fingerprint["sha256"])
     rows = [] if run.overwrite else read_rows(folder / "cells.jsonl")
-    if rows and rows[0] != dict(settings=settings):
+    if (folder / "cells.jsonl").exists() and not run.overwrite and rows[:1] != [
+            dict(settings=settings)]:
         raise FileExistsError(f"{folder} holds a comparison of other settings: choose another "
                               "--out, or --overwrite")
     cells = {(row["arm"], row["seed"]): row for row in rows[1:]}
-    todo = [(arm, seed) for seed in range(run.seeds) for arm in ARMS if (arm, seed) not in cells]
+    todo = [(arm, seed) for seed in range(run.seed, run.seed + run.seeds) for arm in ARMS
+            if (arm, seed) not in cells]
     print(f"comparison   {len(ARMS)} arms x {run.seeds} seeds x {run.steps} steps of "
           f"{run.batch_size} x {run.seq_len} tokens in {str(dtype)[6:]}, {len(todo)} runs to do")
     if not rows:
@@ -1287,7 +1316,7 @@ def mean_and_error(values):
 
 def report_gaps(run, cells, folder):
     """The tables, the plot, the last line's values."""
-    seeds = range(run.seeds)
+    seeds = range(run.seed, run.seed + run.seeds)
     base = [cells["bf16", seed]["val_loss"] for seed in seeds]
     mean, error = mean_and_error(base)
     spread = error * run.seeds ** 0.5 / mean
@@ -1446,14 +1475,6 @@ def profile_memory(run):
     return dict(predicted=predicted, measured=measured, total_bytes=total)
 
 
-def free_bytes(device):
-    """Memory that is free for this process now."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2 ** 20
-    return pages * 4096
-
-
 def bench(run):
     """Each kind of linear of a preset: seconds of the forward and the two gradient GEMMs in high
     precision and in both recipes, quantisation included.
@@ -1547,20 +1568,24 @@ def body(run):
     matmul = None
     if device == "cpu":
         print(f"settings     {tune_cpu(state and state['matmul'])}")
-        matmul = torch.backends.mkldnn.matmul.fp32_precision
+        matmul, = from_first(torch.backends.mkldnn.matmul.fp32_precision)
+        torch.backends.mkldnn.matmul.fp32_precision = matmul
+    if run.recompute:
+        recompute_activations(model)
     if state is not None:
         model.compute_dtype = getattr(torch, state["compute_dtype"])
         print(f"resuming     at step {state['step']} of {run.steps}")
     else:
-        dtypes = (dtype,) if dtype else (torch.bfloat16,) if device != "cpu" else CPU_DTYPES
-        run = choose(run, model, trial, dtypes)
-
+        model.compute_dtype = dtype or (torch.bfloat16 if device != "cpu" else
+                                        choose_dtype(model, trial))
     if size > 1:
-        run, matmul, model.compute_dtype = from_first(run, matmul, model.compute_dtype)
-        dist.barrier()              # nobody writes to the folder before all have looked into it
         shard(model, run.float8_gather)
-    if run.recompute:
-        recompute_activations(model)
+    if not run.steps:
+        run = choose_steps(run, model, trial)
+    print(f"total        {run.steps} steps, {run.steps * run.batch_size * run.seq_len / 1e6:.2f} M "
+          "tokens")
+    if size > 1:
+        dist.barrier()              # nobody writes to the folder before all have looked into it
     if state is None and rank == 0:
         clear_folder(run)           # nothing was written before every flag and file proved good
     step, rows = train(run, model, token_data, state, matmul, phases)

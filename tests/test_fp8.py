@@ -15,7 +15,7 @@ from model import HybridConfig, HybridLM
 from ssm import Linear, relative_error
 from train_fp8 import (E4M3, E5M2, FAKE_BLOCK, RECIPES, Float8Linear, Operand, Recipe,
                        _Float8Matmul, cast, convert_to_fp8, dequantize, fake_quantize, in_columns,
-                       pick_backend, quantize, round_to_grid, sqnr)
+                       pick_backend, quantize, round_to_grid, sqnr, whole_sixteens)
 
 FP8_FORMATS = pytest.mark.parametrize("fmt", (E4M3, E5M2), ids=("e4m3", "e5m2"))
 FP8_BLOCKS = pytest.mark.parametrize("block", (None, (1, 128), (128, 1), (128, 128)), ids=str)
@@ -367,6 +367,24 @@ def test_scales_in_the_order_that_cublaslt_wants():
     assert columns.shape == (8, 3) and columns.stride() == (1, 8)
     assert torch.equal(columns[:6], squares.inverse.t()) and not columns[6:].any()
     assert in_columns(squares.t()).shape == (4, 6)
+    one = Operand(*quantize(torch.randn(200, 64), E4M3, (1, 128)), (1, 128))
+    assert in_columns(one).stride() == (1, 200)
+
+
+def test_tokens_that_16_does_not_divide_are_filled_with_zeros_for_the_hardware():
+    """The weight gradient sums over tokens: zeros add nothing, and cuBLASLt wants sixteens."""
+    x, y = (Operand(*quantize(torch.randn(20, 32), fmt), None) for fmt in (E4M3, E5M2))
+    a, b = whole_sixteens(x.t()), whole_sixteens(y.t())
+    assert a.values.shape == (32, 32) and a.values.dtype == E4M3
+    assert torch.equal(a.values.float() @ b.values.float().t(),
+                       x.values.float().t() @ y.values.float())
+
+
+def test_an_empty_batch_goes_through_with_its_gradient():
+    layer = Float8Linear(32, 48, RECIPES["nano2"])
+    torch.nn.init.normal_(layer.weight)
+    layer(torch.randn(0, 32)).sum().backward()
+    assert layer.weight.grad.shape == (48, 32) and not layer.weight.grad.any()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 
 import train_fp8
-from data import TokenStream, load_data
+from data import TokenStream, load_data, write_shards
 from model import HybridConfig, HybridLM, load_hf
 from train_fp8 import (Run, bits_per_byte, evaluate, make_optimizer, read_rows, train_step,
                        wsd)
@@ -317,6 +317,9 @@ def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text
     (["--steps", "-1"], "--steps is -1"), (["--minutes", "0"], "--minutes is 0"),
     (["--amax-reduce"], "nano2 has nothing to reduce"),
     (["--compare", "--phases", "x.json"], "leave --phases away"),
+    (["--compare", "--demo"], "--demo runs alone, in one process, not with --compare"),
+    (["--recipe", "bf16", "--float8-gather"], "--float8-gather is for FP8 recipes"),
+    (["--recipe", "bf16", "--pow2"], "--pow2 is for FP8 recipes"),
     (["--compare", "--seeds", "1"], "--seeds is 1, must be at least 2"),
     (["--fp8-backend", "hopper"], "it has no FP8 matmul"),
     (["--fp8-backend", "tpu"], "must be auto, emulated or hopper"),
@@ -328,7 +331,7 @@ def test_a_checkpoint_opens_in_transformers_and_its_tokenizer_in_tokenizers(text
     (["--warmup", "0.9", "--decay", "0.3"], "at most 1"),
     (["--seq-len", "100000"], "do not fill two windows"),
     (["--device", "tpu"], "--device is 'tpu', must be auto, cuda"),
-        (["--compute-dtype", "int8"], "must be auto, float32 or bfloat16"),
+    (["--compute-dtype", "int8"], "must be auto, float32 or bfloat16"),
     (["--clip", "-1"], "--clip is -1.0"), (["--min-lr", "-5"], "--min-lr is -5.0"),
     (["--warmup", "-0.1"], "--warmup is -0.1"), (["--seed", "-1"], "--seed is -1"),
     (["--stop-after", "-1"], "--stop-after is -1"),
@@ -533,6 +536,13 @@ def test_recomputing_activations_changes_nothing_but_memory(text, tmp_path):
     assert [row["gnorm"] for row in first] == [row["gnorm"] for row in second]
 
 
+@pytest.mark.parametrize("mode", train_fp8.MODES)
+def test_what_runs_in_one_process_is_refused_under_torchrun(mode, fails, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flag = "--" + mode.replace("_", "-")
+    assert f"{flag} runs alone, in one process: no torchrun" in fails(train_fp8.main, [flag])
+
+
 def test_rows_that_processes_cannot_share_are_refused(fails, text, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "3 processes cannot share" in fails(train_fp8.main, ["--batch-size", "8"])
@@ -571,6 +581,30 @@ def test_phases_change_text_length_and_rate_at_their_steps(text, tmp_path, monke
     for n in ("4", "1", "3"):
         run_main(text, tmp_path / "parts", *flags, "--stop-after", n)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_phase_of_another_rate_reads_on_in_the_same_text(text, tmp_path, monkeypatch):
+    """Only data and seq_len begin a text anew: a change of rate must not repeat what was read."""
+    flags = phases(tmp_path, dict(fraction=0.5), dict(fraction=0.5, lr=1e-4))
+    seen, step = [], train_fp8.train_step
+
+    def watched(model, optimizer, batches, run, lr, device):
+        seen.append(batches.position)
+        return step(model, optimizer, batches, run, lr, device)
+    monkeypatch.setattr(train_fp8, "train_step", watched)
+    run_main(text, tmp_path / "whole", *flags, "--steps", "4")
+    assert len(set(seen)) == 4 and sorted(seen) == seen
+    for _ in range(2):
+        run_main(text, tmp_path / "parts", *flags, "--steps", "4", "--stop-after", "2")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_shards_of_another_tokenizer_are_no_phase(text, tmp_path, fails):
+    """Their ids would mean other text: silently wrong, since they are valid ids."""
+    write_shards(load_data(str(text), "bpe", 300), tmp_path / "shards")
+    flags = phases(tmp_path, dict(fraction=0.5), dict(fraction=0.5, data=str(tmp_path / "shards")))
+    argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, *flags]
+    assert "with another tokenizer than the run's" in fails(train_fp8.main, argv)
 
 
 def test_equal_phases_too_short_for_a_step_are_passed_over(text, tmp_path):
@@ -660,6 +694,9 @@ def test_a_comparison_pairs_runs_and_goes_on_where_it_stopped(fails, text, tmp_p
     again = capsys.readouterr().out
     assert "4 runs to do" in again and json.loads(again.splitlines()[-1]) == first
     assert "other settings" in fails(train_fp8.main, [*flags, "--lr", "1e-2"])
+    path.write_text("not json\n" + path.read_text())
+    before = path.read_bytes()
+    assert "other settings" in fails(train_fp8.main, flags) and path.read_bytes() == before
 
 
 def test_demonstrations_show_underflow_and_what_one_token_does(capsys):
