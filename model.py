@@ -33,8 +33,10 @@ Left out: experts (pattern letter E), dropout (the models have none), tensor par
 """
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -45,7 +47,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 from ssm import Linear, Mamba2, accumulator, documents, inverse_rms, median_seconds, \
     relative_error
@@ -275,11 +276,15 @@ def cross_entropy(h, weight, labels, block=1024):
 
 
 def rotate(x, pos, theta):
-    """Rotary positions pos, pos + 1, ... on x (b, heads, t, head_dim); baselines only."""
+    """Rotary positions pos, pos + 1, ... on x (b, heads, t, head_dim); baselines only. pos: one
+    for all rows, or an int64 tensor (b,).
+    """
     t, half = x.shape[2], x.shape[3] // 2
     fine = accumulator(x)
     rate = theta ** (-torch.arange(half, device=x.device, dtype=fine) / half)
-    angle = torch.arange(pos, pos + t, device=x.device, dtype=fine)[:, None] * rate     # (t, half)
+    place = torch.arange(t, device=x.device) + (pos[:, None] if torch.is_tensor(pos) else pos)
+    angle = place.to(fine)[..., None] * rate                    # (t, half) or (b, t, half)
+    angle = angle[:, None] if angle.dim() == 3 else angle
     cos, sin = angle.cos(), angle.sin()
     x1, x2 = x.to(fine).chunk(2, -1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
@@ -294,11 +299,14 @@ class HybridCache:
 
     Per layer, by its index: kv[i] (2, b, g, max_len, head_dim), ssm[i] fp32 (b, h, p, n), conv[i]
     (b, conv_dim, width - 1), the last inputs of the convolution, in memory by time. pos: tokens
-    seen so far.
+    seen so far. lengths: None, or int64 (b,) where rows have seen different numbers of tokens, of
+    which pos is the largest; such a cache takes one token a call, and attention reads the first
+    `columns` tokens of KV (None: pos + 1), so that shapes can be held fixed.
     """
 
     def __init__(self, config, batch, max_len, dtype, device, state_dtype=torch.float32):
         self.batch, self.max_len, self.pos = batch, max_len, 0
+        self.lengths = self.columns = None
         zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
         M = [i for i, c in enumerate(config.pattern) if c == "M"]
         attention = [i for i, c in enumerate(config.pattern) if c == "*"]
@@ -319,34 +327,74 @@ class HybridCache:
     def snapshot(self):
         """A copy of the states and the position; KV is only appended, the position is enough."""
         return dict(pos=self.pos, ssm={i: m.clone() for i, m in self.ssm.items()},
-                    conv={i: m.clone() for i, m in self.conv.items()})
+                    conv={i: m.clone() for i, m in self.conv.items()},
+                    lengths=None if self.lengths is None else self.lengths.clone())
 
     def restore(self, snapshot):
         """Back to a snapshot of this cache, exactly; the snapshot stays usable."""
         self.pos = snapshot["pos"]
+        if snapshot["lengths"] is None:
+            self.lengths = self.columns = None
+        else:
+            self.lengths.copy_(snapshot["lengths"])
         for mine, saved in ((self.ssm, snapshot["ssm"]), (self.conv, snapshot["conv"])):
             for i, m in saved.items():
                 mine[i].copy_(m)
 
     def expand(self, n):
         """A new cache with every row n times, copies adjacent: n samples from one prefill."""
-        other = object.__new__(HybridCache)
-        other.batch, other.max_len, other.pos = self.batch * n, self.max_len, self.pos
+        other = copy.copy(self)
+        other.batch = self.batch * n
         other.kv = {i: m.repeat_interleave(n, 1) for i, m in self.kv.items()}
         other.ssm = {i: m.repeat_interleave(n, 0) for i, m in self.ssm.items()}
         other.conv = {i: m.repeat_interleave(n, 0) for i, m in self.conv.items()}
+        if self.lengths is not None:
+            other.lengths = self.lengths.repeat_interleave(n)
         return other
+
+    def row(self, i):
+        """Row i as a cache of its own, empty, in the same memory: prompts of different lengths are
+        prefilled one by one, without padding and without a copy; `set_lengths` then joins them.
+        """
+        other = copy.copy(self)
+        other.batch, other.pos, other.lengths = 1, 0, None
+        other.kv = {k: m[:, i:i + 1] for k, m in self.kv.items()}
+        other.ssm = {k: m[i:i + 1] for k, m in self.ssm.items()}
+        other.conv = {k: m[i:i + 1] for k, m in self.conv.items()}
+        return other
+
+    def copy_row(self, source, target, tokens):
+        """Row target becomes what row source is after so many tokens."""
+        for m in self.kv.values():
+            m[:, target, :, :tokens] = m[:, source, :, :tokens]
+        for m in (*self.ssm.values(), *self.conv.values()):
+            m[target] = m[source]
+
+    def set_lengths(self, lengths):
+        """Tokens that each row has seen, a list of ints."""
+        self.pos = max(lengths)
+        self.lengths = torch.tensor(lengths, device=self.tensors()[0].device)
+
+    def advance(self, t):
+        self.pos += t
+        if self.lengths is not None:
+            self.lengths += t
 
     def check(self, batch, t):
         """Raises ValueError if t more tokens a row, for `batch` rows, do not fit."""
         if batch != self.batch:
             raise ValueError(f"the cache was made for {self.batch} rows, the tokens have {batch}")
+        if self.lengths is not None and t > 1:
+            raise ValueError(f"rows of different lengths take one token a call, not {t}")
         if self.pos + t > self.max_len:
             raise ValueError(f"{self.pos} + {t} tokens do not fit a cache of {self.max_len}")
 
 
 # ------------------------------------------------------------------------------------------------
 # Mixers and the model
+
+
+MASK_ELEMENTS = 2 ** 22         # of a mask in chunked prefill where there is no kernel without one
 
 
 class Attention(nn.Module):
@@ -361,9 +409,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.d_model, kv_width)
         self.o_proj = Linear(q_width, config.d_model)
 
-    def forward(self, x, kv=None, pos=0, mask=None):
+    def forward(self, x, kv=None, pos=0, columns=None, mask=None):
         """x (b, t, d) -> (b, t, d). kv (2, b, g, max_len, head_dim) holds pos tokens and takes t
-        more, in place.
+        more, in place. pos (b,): one token a row, each at its own place, seeing `columns` of KV.
 
         mask (b, 1, t, t) bool keeps documents apart in training; None is causal, aligned
         bottom-right.
@@ -373,7 +421,13 @@ class Attention(nn.Module):
         if self.rope_theta:
             q, k = rotate(q, pos, self.rope_theta), rotate(k, pos, self.rope_theta)
 
-        if kv is not None:
+        if torch.is_tensor(pos):
+            place = pos[:, None, None, None].expand_as(k)
+            kv[0].scatter_(2, place, k.to(kv.dtype))
+            kv[1].scatter_(2, place, v.to(kv.dtype))
+            k, v = kv[:, :, :, :columns].to(q.dtype)
+            mask = torch.arange(columns, device=x.device) <= pos[:, None, None, None]
+        elif kv is not None:
             total = pos + x.shape[1]
             kv[0, :, :, pos:total], kv[1, :, :, pos:total] = k, v
             k, v = kv[:, :, :, :total].to(q.dtype)
@@ -384,13 +438,27 @@ class Attention(nn.Module):
     def attend(q, k, v, pos, mask):
         """q (b, heads, t, head_dim), k, v (b, g, pos + t, head_dim); KV heads are not repeated."""
         b, heads, t, head_dim = q.shape
-        if t == 1:  # one query sees everything: a group's query heads become rows, nothing to mask
-            y = F.scaled_dot_product_attention(q.view(b, k.shape[1], -1, head_dim), k, v)
+        if t == 1:  # a group's query heads become rows; one query sees all that was before it
+            y = F.scaled_dot_product_attention(q.view(b, k.shape[1], -1, head_dim), k, v,
+                                               attn_mask=mask)
             return y.view(b, heads, 1, head_dim)
-        if mask is None and pos > 0:        # is_causal=True would align top-left
-            mask = causal_lower_right(t, pos + t)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                              enable_gqa=heads != k.shape[1])
+        attention = functools.partial(F.scaled_dot_product_attention,
+                                      enable_gqa=heads != k.shape[1])
+        if mask is not None or pos == 0:
+            return attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):    # a kernel that needs no mask
+            from torch.nn.attention.bias import causal_lower_right      # takes a second to import
+            return attention(q, k, v, attn_mask=causal_lower_right(t, pos + t))
+
+        # Elsewhere is_causal would align top-left: a few queries at a time, so that the mask is small.
+        y, rows = torch.empty_like(q), max(MASK_ELEMENTS // (pos + t), 1)
+        for i in range(0, t, rows):
+            piece = q[:, :, i:i + rows]
+            n, seen = piece.shape[2], pos + min(i + rows, t)
+            ahead = torch.full((n, n), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+            mask = F.pad(ahead, (seen - n, 0))
+            y[:, :, i:i + n] = attention(piece, k[:, :, :seen], v[:, :, :seen], attn_mask=mask)
+        return y
 
 
 class MLP(nn.Module):
@@ -426,7 +494,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        shape = config.vocab_size, config.d_model
+        self.embeddings = nn.Embedding(*shape, _weight=torch.empty(shape))      # see init_weights
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.pattern)
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
@@ -444,7 +513,8 @@ class HybridLM(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.backbone = Backbone(config)
         self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:         # there is nothing to initialise
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -478,12 +548,16 @@ class HybridLM(nn.Module):
             if seq_idx is not None:
                 raise ValueError("seq_idx is for training: a cache holds one document a row")
             cache.check(b, t)
-        x = self.embed(tokens)
+        h = self.run_layers(self.embed(tokens), cache, seq_idx)
+        if cache is not None:
+            cache.advance(t)
+        return h
+
+    def run_layers(self, x, cache=None, seq_idx=None):
+        """The residual stream x (b, t, d) through all layers and the final norm."""
         mask = document_mask(seq_idx)
         for i, block in enumerate(self.backbone.layers):
             x = block(x, **layer_state(block.letter, i, cache, seq_idx, mask))
-        if cache is not None:
-            cache.pos += t
         return self.backbone.norm_f(x)
 
     def forward(self, tokens, cache=None, last_only=False, seq_idx=None):
@@ -523,8 +597,12 @@ def layer_state(letter, i, cache, seq_idx, mask):
     if letter == "M":
         states = {} if cache is None else dict(conv_state=cache.conv[i], ssm_state=cache.ssm[i])
         return dict(seq_idx=seq_idx, **states)
+    if letter == "*" and cache is None:
+        return dict(mask=mask)
+    if letter == "*" and cache.lengths is None:
+        return dict(kv=cache.kv[i], pos=cache.pos)
     if letter == "*":
-        return dict(mask=mask) if cache is None else dict(kv=cache.kv[i], pos=cache.pos)
+        return dict(kv=cache.kv[i], pos=cache.lengths, columns=cache.columns or cache.pos + 1)
     return {}
 
 
@@ -656,12 +734,19 @@ def tensor_files(folder):
     return found
 
 
-def load_hf(folder, device="cpu", dtype=None):
+def set_parameter(model, name, value):
+    """Put a tensor in the place of the parameter of this name."""
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(value))
+
+
+def load_hf(folder, device="cpu", dtype=None, place=set_parameter):
     """A HybridLM from a Hugging Face folder: config.json and model.safetensors, whole or in shards.
 
     dtype: None keeps the stored one; A_log, D and dt_bias become fp32 (fp64 for float64) in any
     case. The model is built without memory and each tensor is read, cast and placed alone: the peak
-    is the weights + one tensor. Raises FileNotFoundError or ValueError with one line: missing
+    is the weights + one tensor. place(model, name, tensor) puts it there, or what it makes of it.
+    Raises FileNotFoundError or ValueError with one line: missing
     files, broken or foreign checkpoints.
     """
     from safetensors import safe_open
@@ -684,8 +769,7 @@ def load_hf(folder, device="cpu", dtype=None):
             if name.endswith(FP32_PARAMETERS):
                 target = torch.promote_types(target, torch.float32)
             value = value.to(device=device, dtype=target, copy=True)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(value))
+        place(model, name, value)
         loaded.add(name)
     missing = sorted(set(wanted) - loaded)
     if missing:

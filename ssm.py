@@ -613,7 +613,8 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(n_heads))
         self.norm = GatedGroupNorm(self.d_inner, n_groups, eps)
         self.out_proj = Linear(self.d_inner, d_model)
-        self.reset_ssm_parameters()
+        if not self.dt_bias.is_meta:
+            self.reset_ssm_parameters()
 
     @torch.no_grad()
     def reset_ssm_parameters(self, dt_min=1e-3, dt_max=0.1, dt_floor=1e-4, A_range=(1, 16)):
