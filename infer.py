@@ -41,7 +41,8 @@ int8 weights are turned back piece by piece before each product: that saves memo
     python infer.py --checkpoint FOLDER --chat             any Nemotron-H with tokenizer.json
     python infer.py --plan --preset nemotron-nano-9b-v2 --context 131072 --memory-gib 19.66
     python infer.py --fit --preset small --context 8192    build it, run it, compare with the plan
-    python infer.py --bench                                speed against context and batch
+    python infer.py --bench                                speed against context and batch, 2 min
+    python infer.py --quality                              what int8 costs in bits a byte
 """
 
 import codecs
@@ -1293,13 +1294,36 @@ def bench_scenario(run, config, other, device, dtype, bandwidth, flops):
     return result
 
 
+def quality(run):
+    """--quality: bits a byte of the checkpoint on the validation part of --data, with weights as
+    stored and in int8.
+    """
+    from data import load_data
+    from train_fp8 import bits_per_byte, evaluate
+    folder, device = pathlib.Path(run.checkpoint or newest_checkpoint()), pick_device(run.device)
+    if device == "cpu":
+        tune_cpu()
+    found = {}
+    for name, int8 in (("stored", False), ("int8", True)):
+        model, encoding = load_run(folder, device, pick_dtype(run.dtype), int8)
+        text = load_data(run.data, run.data, model.config.vocab_size,
+                         (folder / "tokenizer.json").read_text(encoding="utf-8"))
+        nats = evaluate(model, text.validation, progress=True)
+        found[name] = bits_per_byte(nats, len(text.validation) - 1, text.validation_bytes)
+        size = sum(m.nbytes for m in (*model.parameters(), *model.buffers()))
+        print(f"{name:8s} weights {size / 2 ** 20:9.2f} MiB, {found[name]:.4f} bits a byte")
+    cost = found["int8"] / found["stored"] - 1
+    print(f"int8 costs {cost:+.3%} of bits a byte on {run.data}")
+    return dict(val_bpb=found["stored"], int8_bpb=found["int8"], cost=cost)
+
+
 # ------------------------------------------------------------------------------------------------
 # python infer.py
 
 
 @dataclasses.dataclass
 class Run:
-    """Continue a prompt, chat, or plan and measure memory: --plan, --fit, --bench."""
+    """Continue a prompt, chat, or plan and measure: --plan, --fit, --bench, --quality."""
 
     checkpoint: str = ""            # folder; by default out/compressed, else out/base
     prompt: str = dataclasses.field(default="", metadata=dict(nargs="+"))   # text to go on from
@@ -1332,9 +1356,12 @@ class Run:
     plan: bool = False              # bytes by part, what fits, ceilings; needs no weights
     fit: bool = False               # build --preset with random weights and hold the plan to it
     bench: bool = False             # speed against context and batch, hybrid and transformer
+    quality: bool = False           # bits a byte on --data, weights as stored and in int8
+    data: str = "stdlib"            # of --quality: as in training
 
     def __post_init__(self):
-        modes = [name for name in ("plan", "fit", "bench", "chat") if getattr(self, name)]
+        modes = [name for name in ("plan", "fit", "bench", "quality", "chat")
+                 if getattr(self, name)]
         if len(modes) > 1:
             raise ValueError(f"--{modes[0]} and --{modes[1]}: give one of them")
         for name in ("samples", "batch", "tokens"):
@@ -1457,9 +1484,10 @@ def prepare(run, prompts):
 
 
 def body(run):
-    mode = run.plan and show_plan or run.fit and fit or run.bench and bench
-    if mode:
-        return mode(run)
+    for asked, mode in ((run.plan, show_plan), (run.fit, fit), (run.bench, bench),
+                        (run.quality, quality)):
+        if asked:
+            return mode(run)
     settings = Settings(run.tokens, run.temperature, run.top_k, run.top_p, run.repetition_penalty,
                         tuple(run.stop or ()), tuple(run.stop_ids or ()), run.think_budget)
     prompts = list(run.prompt or [])

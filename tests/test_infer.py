@@ -801,3 +801,15 @@ def test_a_short_bench_has_every_row(capsys):
     assert result["scenario"]["hybrid"]["batch"] >= result["scenario"]["transformer"]["batch"] >= 1
     assert result["table"]["no attention 1 x 64"]["attention"] == 0
     assert set(result["transformers"]) == {"1", "8"}
+
+
+def test_quality_of_int8_is_measured_in_bits_a_byte(run_folder, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for i in range(4):
+        text = inspect.getsource(argparse)[4000 * i:4000 * (i + 1)]
+        (tmp_path / "texts" / f"{i}.txt").write_text(text, encoding="utf-8")
+    infer.main(["--quality", "--checkpoint", str(run_folder), "--data", str(tmp_path / "texts"),
+                "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["cost"] == result["int8_bpb"] / result["val_bpb"] - 1
+    assert 0 < abs(result["cost"]) < 0.005 and 2 < result["val_bpb"] < 8
