@@ -689,7 +689,7 @@ class Row:
             self.done = True
             return self.stream.feed(b"", final=True)
         raw = self.encoding.decode_single_token_bytes(token)
-        if self.budget and not self.forced:
+        if self.budget:
             self.forced.extend(self.budget.watch(raw))
         text = self.stream.feed(raw)
         if not self.stream.stopped and self.count >= self.settings.max_tokens:

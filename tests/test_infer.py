@@ -490,7 +490,7 @@ THOUGHT = "a b c d e f g h"
 
 @pytest.mark.parametrize("text, budget, expected", [
     # closed by itself: nothing is added
-    (THOUGHT + "\n</think>answer", 4, None),
+    (THOUGHT[:3] + "\n</think>answer\nmore\n" + THOUGHT * 12, 4, None),
     # over the budget: at the next newline, once
     (THOUGHT + "\nmore thought\nmore", 4, THOUGHT + "\n</think>"),
     # no newline: at budget + grace
