@@ -50,6 +50,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -83,17 +84,21 @@ class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 with a scale a row: y = (x q^T) * scale, q = round(w /
     scale), scale = largest of the row / 127.
 
-    codes (n, k) int8, scale (n,) fp32. Rows are turned to x's dtype in pieces of PIECE values, so
-    that no copy of the whole weight exists. Inference only.
+    codes (n, k) int8, scale (n,) fp32. Rows are made, and turned to x's dtype, in pieces of PIECE
+    values, so that no other copy of the whole weight exists. Inference only.
     """
     PIECE = 2 ** 24
 
     def __init__(self, weight):
         super().__init__()
-        fine = weight.float()
-        scale = fine.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        self.register_buffer("codes", (fine / scale[:, None]).round_().to(torch.int8))
+        n, k = weight.shape
+        smallest = torch.finfo(torch.float32).tiny
+        scale = torch.maximum(weight.amax(1), -weight.amin(1)).float().clamp(min=smallest) / 127
+        self.register_buffer("codes", torch.empty(n, k, dtype=torch.int8, device=weight.device))
         self.register_buffer("scale", scale)
+        rows = max(self.PIECE // k, 1)
+        for codes, w, s in zip(*(m.split(rows) for m in (self.codes, weight, scale))):
+            codes.copy_((w.float() / s[:, None]).round_())
 
     @property
     def weight(self):
@@ -277,6 +282,7 @@ def workspace_bytes(config, tokens, context, batch=1, dtype=torch.bfloat16,
         if int8:
             to_int8(model)
         x = torch.empty(batch, tokens, config.d_model, dtype=dtype)
+    context = max(min(context, 2 ** 18), tokens)        # masks are no larger from there on
     cache = HybridCache(one, batch, context, dtype, "meta", state_dtype)
     cache.pos = context - tokens
     with torch.inference_mode(), FusedAttention(), LivePeak() as live:
@@ -285,56 +291,79 @@ def workspace_bytes(config, tokens, context, batch=1, dtype=torch.bfloat16,
 
 
 def plan(config, context, batch=1, dtype=torch.bfloat16, state_dtype=torch.float32,
-         prefill_chunk=0, int8=False, limit=None):
+         prefill_chunk=0, int8=False, limit=None, snapshots=0, advise=True):
     """What inference needs, without weights: a dict
 
-        parts       bytes of weights, kv, ssm_states, conv_states, workspace, logits
+        parts       bytes of weights, kv, ssm_states, conv_states, snapshots, workspace, logits
         total_bytes, limit_bytes, fits
         prefill_chunk, largest_prefill_chunk, largest_context, largest_batch
 
     context: tokens of each of `batch` sequences, prompt and answer. limit: bytes, or None for no
     limit. prefill_chunk 0: 1024, or less if only less fits. Rows are prefilled one at a time.
-    Largest: with everything else as asked; None without a limit (or, for the context, without
-    attention); 0 where nothing fits. Raises ValueError for sizes below 1.
+    snapshots: copies of the states that are held (a chat has one). advise: look for the largest
+    context and batch, too. Largest: with everything else as
+    asked and this block, to a part in 300; None without a limit (or, for the context,
+    without attention); 0 where nothing fits. Raises ValueError for sizes out of range.
     """
     for name, value in (("context", context), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}, must be at least 1")
+        if not 1 <= value <= 2 ** 40:
+            raise ValueError(f"--{name} is {value}, must be from 1 to {2 ** 40}")
     if prefill_chunk < 0:
         raise ValueError(f"--prefill-chunk is {prefill_chunk}, must be at least 1, or 0 for auto")
     kinds = dict(dtype=dtype, state_dtype=state_dtype)
     weights = int8_bytes(config, dtype) if int8 else config.weight_bytes(dtype)
-    cache = config.cache_bytes(batch, context, **kinds)
-    logits = batch * config.vocab_size * (dtype.itemsize + 4)       # as computed, and in fp32
+    loading = 0         # int8: the largest tensor as stored, and the pieces that become codes
+    if int8:
+        table = config.vocab_size * config.d_model
+        loading = table * dtype.itemsize + 12 * min(Int8Linear.PIECE, table)
 
-    work = lambda tokens, rows=1: workspace_bytes(config, min(tokens, context), context, rows,
-                                                  int8=int8, **kinds)
-    static, step = weights + sum(cache.values()) + logits, work(1, batch)
-    if int8:        # a piece of the head
-        piece = min(Int8Linear.PIECE, config.vocab_size * config.d_model)
-        step = max(step, piece * dtype.itemsize)
+    @functools.cache
+    def work(tokens, context, rows=1):
+        return workspace_bytes(config, min(tokens, context), context, rows, int8=int8, **kinds)
+
+    def parts_of(context, batch, chunk):
+        cache = config.cache_bytes(batch, context, **kinds)
+        states = cache["ssm"] + cache["conv"]
+        workspace = max(work(1, context, batch), work(chunk, context),
+                        loading - sum(cache.values()))
+        return dict(weights=weights, kv=cache["kv"], ssm_states=cache["ssm"],
+                    conv_states=cache["conv"], snapshots=snapshots * states, workspace=workspace,
+                    logits=batch * config.vocab_size * (dtype.itemsize + 4))    # and in fp32
+    total = lambda *sizes: sum(parts_of(*sizes).values())
+
     largest_chunk = None
     if limit is not None:
-        room = limit - static
-        largest_chunk = largest_block(work, room, context, config.chunk_size) if step <= room else 0
-    chunk = prefill_chunk or min(1024, largest_chunk or 1024)
-    workspace = max(step, work(chunk))
-
-    total = static + workspace
-    a_token = config.cache_bytes(batch, 1, **kinds)["kv"]
-    a_row = sum(config.cache_bytes(1, context, **kinds).values()) + logits // batch
-    result = dict(
-        parts=dict(weights=weights, kv=cache["kv"], ssm_states=cache["ssm"],
-                   conv_states=cache["conv"], workspace=workspace, logits=logits),
-        total_bytes=total, limit_bytes=limit, fits=limit is None or total <= limit,
-        prefill_chunk=chunk, largest_prefill_chunk=largest_chunk, largest_context=None,
-        largest_batch=None)
-    if limit is not None:
-        rest = limit - (total - cache["kv"])
-        result["largest_batch"] = max(0, batch + int((limit - total) // a_row))
+        least = parts_of(context, batch, 1)
+        room = limit - sum(least.values()) + least["workspace"]
+        largest_chunk = largest_block(lambda tokens: work(tokens, context), room, context,
+                                      config.chunk_size) if least["workspace"] <= room else 0
+    chunk = min(prefill_chunk or min(1024, largest_chunk or 1024), context)
+    parts = parts_of(context, batch, chunk)
+    needed = sum(parts.values())
+    result = dict(parts=parts, total_bytes=needed, limit_bytes=limit,
+                  fits=limit is None or needed <= limit, prefill_chunk=chunk,
+                  largest_prefill_chunk=largest_chunk, largest_context=None, largest_batch=None)
+    if limit is not None and advise:
+        a_token = parts["kv"] // context
+        a_row = (needed - weights - parts["workspace"]) // batch
+        result["largest_batch"] = largest(lambda n: total(context, n, chunk) <= limit,
+                                          batch + (limit - needed) // a_row)
         if a_token:
-            result["largest_context"] = max(0, int(rest // a_token))
+            result["largest_context"] = largest(lambda n: total(n, batch, chunk) <= limit,
+                                                context + (limit - needed) // a_token)
     return result
+
+
+def largest(fits, guess):
+    """The most n with fits(n), to a part in 300, near a guess or below it; 0 if none."""
+    low, high = 0, max(int(1.01 * guess) + 1, 0)            # fits, does not
+    for near in (guess, int(1.003 * guess) + 1, int(0.99 * guess), guess // 2):
+        if low < near < high:
+            low, high = (near, high) if fits(near) else (low, near)
+    while high - low > max(low // 300, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def largest_block(work, room, context, unit):
@@ -448,6 +477,8 @@ class Decoder:
     def __call__(self, token):
         cache = self.cache
         cache.check(len(token), 1)
+        if cache.lengths is None:
+            raise ValueError("the cache went back to before this Decoder: make a new one")
         self.token.copy_(token)
         cache.columns = self.columns(cache.pos + 1)
         if self.graphed:
@@ -474,10 +505,10 @@ class Decoder:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
+            for _ in range(2):      # each from the same place: there may be room for one only
                 self.run()
+                self.cache.restore(saved)
         torch.cuda.current_stream().wait_stream(side)
-        self.cache.restore(saved)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
@@ -600,14 +631,11 @@ class ThinkingBudget:
         if close in self.said:
             self.closed = True
             return []
-        if self.count >= self.budget + self.grace:      # anywhere: a close that was begun goes on
-            begun = next((n for n in range(len(close) - 1, 0, -1)
-                          if self.said.endswith(close[:n])), 0)
-            rest = close[begun:].decode() if begun else "\n" + END_THINK
-        elif self.count >= self.budget and b"\n" in raw:
-            rest = END_THINK
-        else:
+        at_newline = self.count >= self.budget and b"\n" in raw
+        if not at_newline and self.count < self.budget + self.grace:
             return []
+        begun = next((n for n in range(len(close) - 1, 0, -1) if self.said.endswith(close[:n])), 0)
+        rest = close[begun:].decode() if begun or at_newline else "\n" + END_THINK
         self.closed = True
         return self.encoding.encode(rest, allowed_special="all")
 
@@ -658,16 +686,21 @@ def answer_ids(encoding, text):
 
 
 class Row:
-    """One text being written: its generator, its stream, what it must say next."""
+    """One text being written: its generator, its stream, what it must say next.
 
-    def __init__(self, encoding, ids, seed, settings, device="cpu"):
+    ids: everything seen and said; start: tokens that the cache holds when it begins.
+    """
+
+    def __init__(self, encoding, ids, seed, settings, start, device="cpu"):
         self.encoding, self.settings = encoding, settings
-        self.ids, self.count, self.done, self.pending = list(ids), 0, False, []
+        self.ids, self.start, self.count, self.done = list(ids), start, 0, False
         self.generator = torch.Generator(device).manual_seed(seed)
         self.stream, self.forced = TextStream(settings.stop), collections.deque()
-        self.budget, self.banned = None, []
+        self.budget, self.banned = None, None
         if settings.think_budget >= 0:
             self.budget = ThinkingBudget(encoding, settings.think_budget)
+            if THINK in encoding.special_tokens_set:    # not again, once it is closed
+                self.banned = encoding.encode_single_token(THINK)
         self.ends = {separator_id(encoding), *settings.stop_ids}
 
     def choose(self, logits):
@@ -676,13 +709,15 @@ class Row:
             return self.forced.popleft()
         s = self.settings
         logits = penalise(logits, self.ids, s.repetition_penalty)
-        if self.budget and self.budget.closed and THINK in self.encoding.special_tokens_set:
-            logits = logits.index_fill(0, logits.new_tensor(
-                [self.encoding.encode_single_token(THINK)]).long(), -torch.inf)
+        if self.banned is not None and self.budget.closed:
+            logits = logits.clone()
+            logits[self.banned] = -torch.inf
         return sample(logits[None], s.temperature, s.top_k, s.top_p, self.generator).item()
 
-    def accept(self, token):
-        """The text that this id lets out. Sets .done at an end, a stop string or the last token."""
+    def accept(self, token, max_len):
+        """The text that this id lets out. Sets .done at an end, a stop string, the last token, and
+        when the cache has no room to go on.
+        """
         self.ids.append(token)
         self.count += 1
         if token in self.ends:
@@ -692,18 +727,23 @@ class Row:
         if self.budget:
             self.forced.extend(self.budget.watch(raw))
         text = self.stream.feed(raw)
-        if not self.stream.stopped and self.count >= self.settings.max_tokens:
+        full = self.count >= self.settings.max_tokens or self.length == max_len
+        if full and not self.stream.stopped:
             text += self.stream.feed(b"", final=True)
-            self.done = True
-        self.done |= self.stream.stopped
+        self.done = full or self.stream.stopped
         return text
+
+    @property
+    def length(self):
+        """Tokens of this row in the cache: all but the last one said."""
+        return self.start + max(self.count - 1, 0)
 
 
 def stream_rows(model, rows, cache, logits, compiled=False):
     """Yield (row number, text) while rows write on from their logits (b, v), in one batch.
 
     The cache has seen everything but each row's last id. Rows that have ended are carried along
-    and ignored. Ends when all are done or the cache is full.
+    and ignored. A row ends by itself or when its own part of the cache is full.
     """
     encoding, device = rows[0].encoding, logits.device
     unassigned = torch.full((model.config.vocab_size,), -torch.inf, device=device)
@@ -716,13 +756,14 @@ def stream_rows(model, rows, cache, logits, compiled=False):
                   for row, line in zip(rows, logits + unassigned)]
         for i, (row, token) in enumerate(zip(rows, tokens)):
             if not row.done:
-                text = row.accept(token)
-                if not row.done and cache.pos == cache.max_len:
-                    row.done, text = True, text + row.stream.feed(b"", final=True)
+                text = row.accept(token, cache.max_len)
+                if row.done and cache.lengths is not None:      # it takes no room from now on
+                    cache.lengths[i] = 0
                 if text:
                     yield i, text
         if all(row.done for row in rows):
             return
+        cache.pos = max(row.length for row in rows if not row.done)
         logits = decode(torch.tensor(tokens, device=device))
 
 
@@ -743,15 +784,18 @@ def start_rows(model, prompts, cache, chunk=1024, samples=1):
     return torch.cat(logits).repeat_interleave(samples, 0)
 
 
-def generate_rows(model, encoding, prompts, settings=None, seeds=(0,), samples=1, max_len=None,
+def generate_rows(model, encoding, prompts, settings=None, seeds=None, samples=1, max_len=None,
                   chunk=1024, state_dtype=torch.float32, compiled=False, stats=None):
     """Yield (row number, text): every prompt (str) continued `samples` times, in one batch.
 
-    Row i of prompt j is drawn with seeds[j] + i: a text does not depend on its neighbours. max_len:
-    tokens that a row of the cache holds, by default the longest prompt + max_tokens. stats: a dict
-    that receives prompt_tokens, prefill_seconds, tokens, seconds, cache_bytes. Raises ValueError for settings out of range and prompts that do not fit.
+    Row i of prompt j is drawn with seeds[j] + i (0 by default): a text does not depend on its
+    neighbours. max_len: tokens that a row of the cache holds, by default the longest prompt +
+    max_tokens. stats: a dict that receives prompt_tokens, prefill_seconds, tokens, seconds,
+    cache_bytes. Raises ValueError for settings out of range and prompts that do not fit.
     """
-    settings = settings or Settings()
+    settings, seeds = settings or Settings(), seeds or [0] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     first = [separator_id(encoding)]
     ids = [first + encoding.encode_ordinary(prompt) for prompt in prompts]
     longest = max(len(m) for m in ids)
@@ -763,8 +807,8 @@ def generate_rows(model, encoding, prompts, settings=None, seeds=(0,), samples=1
     start = time.perf_counter()
     logits = start_rows(model, ids, cache, chunk, samples)
     stats = {} if stats is None else stats
-    timed(stats, cache, logits, sum(map(len, ids)), time.perf_counter() - start)
-    rows = [Row(encoding, m, seed + i, settings, device)
+    timed(stats, cache, logits, sum(map(len, ids)), start)
+    rows = [Row(encoding, m, seed + i, settings, len(m), device)
             for m, seed in zip(ids, seeds) for i in range(samples)]
     start = time.perf_counter()
     try:
@@ -774,12 +818,12 @@ def generate_rows(model, encoding, prompts, settings=None, seeds=(0,), samples=1
         stats["tokens"] += sum(row.count for row in rows)
 
 
-def timed(stats, cache, logits, tokens, seconds):
-    """Count a prompt in stats (its logits are waited for)."""
+def timed(stats, cache, logits, tokens, start):
+    """Count a prompt that was begun at start in stats, when its logits are there."""
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
-    for name, value in dict(prompt_tokens=tokens, prefill_seconds=seconds, tokens=0,
-                            seconds=0.0).items():
+    for name, value in dict(prompt_tokens=tokens, prefill_seconds=time.perf_counter() - start,
+                            tokens=0, seconds=0.0).items():
         stats[name] = stats.get(name, 0) + value
     stats["cache_bytes"] = cache.nbytes()
 
@@ -792,14 +836,15 @@ def generate(model, encoding, prompt, max_tokens=200, temperature=0.8, top_k=0, 
     Stops at the separator token, at any of the stop strings (not shown) and after max_tokens.
     more: further fields of Settings. Errors and the rest as in `generate_rows`.
     """
-    settings = Settings(max_tokens, temperature, top_k, top_p, stop=tuple(stop), **more)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    settings = Settings(max_tokens, temperature, top_k, top_p, stop=stop, **more)
     for _, text in generate_rows(model, encoding, [prompt], settings, [seed], max_len=max_len,
                                  stats=stats):
         yield text
 
 
 class Session:
-    """One sequence that goes on: a cache, and the ids that it has not seen yet.
+    """One sequence that goes on: a cache, the ids it has seen, and those that wait to be run.
 
     feed(ids) appends; write(settings, seed) yields text and appends what was said. The state can
     be saved and loaded, and a chat keeps it between turns: only new tokens are ever run.
@@ -808,75 +853,101 @@ class Session:
     def __init__(self, model, encoding, max_len, chunk=1024, state_dtype=torch.float32,
                  compiled=False):
         self.model, self.encoding, self.chunk, self.compiled = model, encoding, chunk, compiled
-        self.cache, self.waiting = model.init_cache(1, max_len, state_dtype=state_dtype), []
+        self.cache = model.init_cache(1, max_len, state_dtype=state_dtype)
+        self.seen, self.waiting, self.thinking = [], [], True
+
+    @property
+    def room(self):
+        return self.cache.max_len - self.cache.pos - len(self.waiting)
 
     def feed(self, ids):
         """Raises ValueError if they do not fit, and then changes nothing."""
-        room = self.cache.max_len - self.cache.pos - len(self.waiting)
-        if len(ids) > room:
-            raise ValueError(f"{len(ids)} more tokens do not fit: {self.cache.max_len - room} of "
-                             f"--context {self.cache.max_len} are taken")
+        if len(ids) > self.room:
+            raise ValueError(f"{len(ids)} more tokens do not fit: "
+                             f"{self.cache.max_len - self.room} of --context "
+                             f"{self.cache.max_len} are taken")
         self.waiting += ids
+        self.seen += ids
 
-    def run(self):
+    def run(self, stats=None):
         """Everything that waits, through the model; logits (1, v) of the last."""
+        if not self.waiting:
+            raise ValueError("there is nothing to go on from: feed ids first")
         ids = torch.tensor([self.waiting], device=self.model.backbone.embeddings.weight.device)
         self.cache.lengths = self.cache.columns = None      # a decoder may have set them
+        start = time.perf_counter()
         logits = prefill(self.model, self.cache, ids, self.chunk)
+        timed({} if stats is None else stats, self.cache, logits, len(self.waiting), start)
         self.waiting = []
         return logits
 
     def write(self, settings, seed=0, stats=None):
         """Yield text from here on. However it ends, what was said belongs to the sequence."""
-        stats, count, start = {} if stats is None else stats, len(self.waiting), time.perf_counter()
-        logits = self.run()
-        timed(stats, self.cache, logits, count, time.perf_counter() - start)
+        stats, logits = {} if stats is None else stats, None
+        logits = self.run(stats)
+        begun, before = self.cache.pos, len(self.seen)
+        row = Row(self.encoding, self.seen, seed, settings, begun, logits.device)
         start = time.perf_counter()
-        row = Row(self.encoding, [], seed, settings, logits.device)
-        begun = self.cache.pos
         try:
             for _, text in stream_rows(self.model, [row], self.cache, logits, self.compiled):
                 yield text
         finally:
-            self.waiting = row.ids[self.cache.pos - begun:]
-            stats["seconds"] += time.perf_counter() - start
-            stats["tokens"] += row.count
+            self.seen = row.ids
+            self.waiting = row.ids[before + self.cache.pos - begun:]
+            stats["seconds"] = stats.get("seconds", 0.0) + time.perf_counter() - start
+            stats["tokens"] = stats.get("tokens", 0) + row.count
+
+    def mark(self):
+        """A place to go back to; everything that waited must have been run."""
+        return self.cache.snapshot(), len(self.seen)
+
+    def back(self, mark):
+        self.cache.restore(mark[0])
+        self.seen, self.waiting = self.seen[:mark[1]], []
 
 
 class Chat:
-    """Turns on one Session. After an answer the state goes back to before it and takes the answer
-    without its thought, as the template writes history: a thought is never part of a later turn.
+    """Turns on one Session. After an answer, or where it was left, the state goes back to before it
+    and takes the answer without its thought, as the template writes history: a thought is never
+    part of a later turn. An answer ends where the context does, with room for its own end.
     """
 
     def __init__(self, session, system="", settings=None):
-        self.session, self.system, self.settings = session, system, settings or Settings()
-        self.texts = [system]
-        if not session.cache.pos and not session.waiting:       # not a loaded one
+        self.session, self.settings = session, settings or Settings()
+        if not session.seen:                                    # not a loaded one
             session.feed(system_ids(session.encoding, system))
+            session.thinking = wants_thinking([system])
 
     def say(self, text, seed=0, stats=None):
-        """Yield the answer, thought included."""
+        """Yield the answer, thought included. Raises ValueError, with nothing changed, for a turn
+        that does not fit.
+        """
         session, encoding = self.session, self.session.encoding
-        session.feed(user_ids(encoding, text))
-        self.texts.append(text)
-        session.run()
-        before = session.cache.snapshot()
-        thinking = wants_thinking(self.texts)
-        session.feed(markers(encoding, THINK + ("\n" if thinking else END_THINK)))
-        stop = (*self.settings.stop, END_TURN)
-        budget = self.settings.think_budget if thinking else -1
-        settings = dataclasses.replace(self.settings, stop=stop, think_budget=budget)
+        thinking = wants_thinking([text], session.thinking) and self.settings.think_budget != 0
+        opening = markers(encoding, THINK + ("\n" if thinking else END_THINK))
+        turn, end = user_ids(encoding, text), answer_ids(encoding, "")
+        room = session.room - len(turn) - len(opening) - len(end) - 1
+        if room < 1:
+            raise ValueError(f"the turn of {len(turn)} tokens and an answer do not fit: "
+                             f"{session.room} of --context {session.cache.max_len} are left")
+        session.feed(turn)
+        session.run(stats)
+        session.thinking, before = wants_thinking([text], session.thinking), session.mark()
+        session.feed(opening)
+        settings = dataclasses.replace(
+            self.settings, stop=(*self.settings.stop, END_TURN),
+            max_tokens=min(self.settings.max_tokens, room),
+            think_budget=self.settings.think_budget if thinking else -1)
         said = []
         try:
             for piece in session.write(settings, seed, stats):
                 said.append(piece)
                 yield piece
         finally:
-            session.cache.restore(before)
-            session.waiting = []
+            session.back(before)
             answer = "".join(said)
-            closed = END_THINK in answer or not thinking
-            session.feed(answer_ids(encoding, answer if closed else ""))
+            visible = answer if END_THINK in answer or not thinking else ""
+            session.feed(answer_ids(encoding, visible)[-session.room:])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -902,13 +973,14 @@ def save_state(session, path):
     tensors |= {f"conv.{i}": m for i, m in cache.conv.items()}
     tensors = {name: m.contiguous().cpu() for name, m in tensors.items()}
     about = dict(pos=str(cache.pos), waiting=json.dumps(session.waiting),
-                 model=model_fingerprint(session.model))
+                 seen=json.dumps(session.seen[-PENALTY_WINDOW:]),
+                 thinking=json.dumps(session.thinking), model=model_fingerprint(session.model))
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=about))
 
 
 def load_state(session, path):
     """Put a saved state into a new session, exactly. Raises FileNotFoundError or ValueError with
-    one line: no such file, not a state, of another model, longer than the cache.
+    one line: no such file, not a state, of another model or dtype, longer than the cache.
     """
     from safetensors import SafetensorError, safe_open
     cache = session.cache
@@ -924,10 +996,14 @@ def load_state(session, path):
             for part in ("kv", "ssm", "conv"):
                 for i, m in getattr(cache, part).items():
                     value = file.get_tensor(f"{part}.{i}")
+                    if value.dtype != m.dtype:
+                        raise ValueError(f"{path} holds {part} in {str(value.dtype)[6:]}, the "
+                                         f"cache is {str(m.dtype)[6:]}: see --state-dtype")
                     (m[:, :, :, :pos] if part == "kv" else m).copy_(value)
+            session.seen, session.thinking = json.loads(about["seen"]), json.loads(about["thinking"])
     except FileNotFoundError:
         raise FileNotFoundError(f"--load-state {path} does not exist") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"--load-state {path} is not a whole state file: {error}") from None
     cache.pos, session.waiting = pos, waiting
 
@@ -964,28 +1040,44 @@ def check_plan(config, limit, context, batch, **kinds):
     """The plan of a request that fits. Raises ValueError, before anything is allocated, with the
     largest that would.
     """
+    found = plan(config, context, batch, limit=limit, advise=False, **kinds)
+    if found["fits"]:
+        return found
     found = plan(config, context, batch, limit=limit, **kinds)
-    if not found["fits"]:
-        weights = found["parts"]["weights"]
-        advice = f"the weights alone are {(weights - limit) / GIB:.3f} GiB more" \
-            if weights > limit else \
-            f"at most a context of {found['largest_context']} at batch {batch}, or a batch of " \
-            f"{found['largest_batch']} at this context"
-        raise ValueError(f"{batch} x {context} tokens need {found['total_bytes'] / GIB:.3f} GiB "
-                         f"(weights {weights / GIB:.3f}), {limit / GIB:.3f} GiB are there: "
-                         f"{advice}")
-    return found
+    weights, room = found["parts"]["weights"], []
+    if found["largest_prefill_chunk"]:
+        room.append(f"with --prefill-chunk {found['largest_prefill_chunk']} it would fit")
+    if found["largest_context"]:
+        room.append(f"a context of {found['largest_context']} at batch {batch} fits")
+    if found["largest_batch"]:
+        room.append(f"a batch of {found['largest_batch']} at this context fits")
+    if weights > limit:
+        room = [f"the weights alone are {(weights - limit) / GIB:.3f} GiB more"]
+    raise ValueError(f"{batch} x {context} tokens need {found['total_bytes'] / GIB:.3f} GiB (weights "
+                     f"{weights / GIB:.3f}), {limit / GIB:.3f} GiB are there: "
+                     f"{', '.join(room) or 'nothing smaller in context or batch fits'}")
 
 
 def settle_limit(run, device):
-    """Bytes that a run may take: --memory-gib, else what the --gpu has, else what is free here."""
+    """Bytes that a run may take: --memory-gib or what the --gpu has, and never more than is free
+    here, unless it is a plan.
+    """
     if run.gpu and run.gpu not in GPUS:
         raise ValueError(f"--gpu is {run.gpu!r}, must be one of {', '.join(GPUS)}")
-    if run.memory_gib < 0:
+    if not 0 <= run.memory_gib < 2 ** 40:
         raise ValueError(f"--memory-gib is {run.memory_gib}, must be positive")
-    if run.memory_gib or run.gpu:
-        return int((run.memory_gib or GPUS[run.gpu][0]) * GIB)
-    return None if run.plan else free_bytes(device)
+    asked = int((run.memory_gib or (GPUS[run.gpu][0] if run.gpu else 0)) * GIB) or None
+    if run.plan:
+        return asked
+    return min(asked or free_bytes(device), free_bytes(device))
+
+
+def cap_memory(device, limit):
+    """Let CUDA refuse what goes beyond the limit."""
+    if device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0),
+                                                   torch.device(device).index)
 
 
 def show_plan(run):
@@ -1042,12 +1134,10 @@ def fit(run):
     limit = settle_limit(run, device)
     if device == "cpu" and not pathlib.Path("/proc/self/clear_refs").exists():
         raise ValueError("--fit on a CPU reads the peak from /proc, which is Linux's")
-    found = check_plan(config, limit, context + tokens, run.batch,
-                       prefill_chunk=run.prefill_chunk, **kinds)
+    found = check_plan(config, limit, context + tokens, run.batch, prefill_chunk=run.prefill_chunk,
+                       snapshots=device.startswith("cuda"), **kinds)
     print(describe_plan(config, found, context + tokens, run.batch, dtype, run.int8))
-    if device.startswith("cuda"):
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+    cap_memory(device, limit)
 
     # Code is loaded and threads start when they are first used: with a model of nothing.
     tiny = dataclasses.replace(config, vocab_size=16, d_model=16, mlp_dim=16)
@@ -1085,11 +1175,11 @@ def fit(run):
     parts, statics = found["parts"], cache.nbytes()
     kept = sum(parts[name] for name in ("kv", "ssm_states", "conv_states"))
     rows = [("weights", parts["weights"], size), ("caches", kept, statics),
-            ("workspace", parts["workspace"] + parts["logits"], taken - size - statics),
+            ("workspace", found["total_bytes"] - parts["weights"] - kept, taken - size - statics),
             ("peak", found["total_bytes"], taken)]
     print(f"\n{'part':12s}{'predicted':>15s}{'measured':>15s}")
     for name, a, b in rows:
-        print(f"{name:12s}  {gib(a)}  {gib(b)}   {b / a - 1:+.1%}")
+        print(f"{name:12s}  {gib(a)}  {gib(b)}" + (f"   {b / a - 1:+.1%}" if a else ""))
     print(f"prefill {run.batch * context / (middle - start):.0f} tokens/s, decode "
           f"{run.batch * tokens / (end - middle):.1f} tokens/s; {device}, random weights")
     return dict(tokens_per_s=run.batch * tokens / (end - middle),
@@ -1199,9 +1289,12 @@ def bench(run):
     roofline of this machine.
     """
     device = pick_device(run.device)
-    settings = tune_cpu() if device == "cpu" else torch.cuda.get_device_name()
+    settings = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    if device == "cpu":
+        settings = tune_cpu()
     dtype = pick_dtype(run.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
-    config = pick_config(run)
+    config, limit = pick_config(run), settle_limit(run, device)
+    check_plan(config, limit, (run.context or 256) + 64, 1, dtype=dtype)
     bandwidth, flops = measured_bandwidth(device), measured_flops(device, dtype)
     print(f"machine      {settings}; {torch.get_num_threads()} threads, torch {torch.__version__}; "
           f"copies {bandwidth / 1e9:.1f} GB/s, 2048-cubed matmul {flops / 1e12:.2f} TFLOP/s "
@@ -1213,15 +1306,16 @@ def bench(run):
     contexts = [n for n in contexts if n <= (run.context or n)] or [run.context]
     batches = (1, 8)
     kinds = dict(dtype=dtype)
-    limit = settle_limit(run, device)
     print(f"{'model':14s}{'context':>9s}{'batch':>7s}{'prefill tok/s':>15s}{'decode ms':>11s}"
           f"{'tok/s':>9s}{'MBU':>6s}{'attention':>11s}{'cache MiB':>11s}")
     table = {}
     for name, arm in arms.items():
-        model = build_random(arm, device, dtype, run.seed)
+        fits = {(batch, n): plan(arm, n + 64, batch, limit=limit, advise=False, **kinds)["fits"]
+                for batch in batches for n in contexts}
+        model = build_random(arm, device, dtype, run.seed) if any(fits.values()) else None
         for batch in batches:
             for context in contexts:
-                if not plan(arm, context + 64, batch, limit=limit, **kinds)["fits"]:
+                if not fits[batch, context]:
                     print(f"{name:14s}{context:9d}{batch:7d}   does not fit {limit / GIB:.2f} GiB")
                     continue
                 m = Measured(model, batch, context)
@@ -1339,7 +1433,8 @@ class Run:
     context: int = 0                # tokens that a row of the cache holds; 0 = prompt + tokens
     chat: bool = False              # turns from standard input, in the released chat template
     system: str = ""                # the system's message in a chat; /think or /no_think inside
-    think_budget: int = -1          # in a chat: tokens of a thought before it is closed; -1 is off
+    think_budget: int = -1          # in a chat: tokens of a thought until it is closed, at the
+                                    # next newline or 500 later; 0 no thought, -1 off
     save_state: str = ""            # file for the state after the text
     load_state: str = ""            # go on from a state file; --prompt is appended to it
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -1349,7 +1444,7 @@ class Run:
     prefill_chunk: int = 0          # tokens of a prompt run at once; 0 = 1024, or what fits
     compile: bool = False           # torch.compile the decode step (on CUDA it is a graph anyway)
     memory_gib: float = 0.0         # refuse what needs more; 0 = what --gpu has, or what is free
-    gpu: str = ""                   # plan for this one: a10g, l4, rtx4090, a100, h100, h200
+    gpu: str = ""                   # as --memory-gib: a10g, l4, rtx4090, a100, h100 or h200
     preset: str = ""                # of --plan, --fit, --bench: a name from model.py
     pattern: str = ""               # another layer pattern than the preset's
     batch: int = 1                  # sequences, of --plan and --fit
@@ -1369,12 +1464,29 @@ class Run:
                 raise ValueError(f"--{name} is {getattr(self, name)}, must be at least 1")
         if self.context < 0 or self.prefill_chunk < 0:
             raise ValueError("--context and --prefill-chunk must be at least 1, or 0 for auto")
+        if not 0 <= self.seed < 2 ** 63 or self.tokens > 2 ** 40:
+            raise ValueError(f"--seed {self.seed} or --tokens {self.tokens} is out of range")
+        if not modes or self.chat:
+            for name in ("preset", "pattern"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} is for --plan, --fit and --bench: what is run is "
+                                     "named by --checkpoint")
+        if self.system and (not self.chat or self.load_state):
+            raise ValueError("--system begins a --chat: not without one, nor with --load-state")
+        if self.bench and (self.int8 or self.state_dtype != "float32"):
+            raise ValueError("--bench measures weights and states as they are: no --int8, no "
+                             "--state-dtype")
+        if self.chat and self.samples > 1:
+            raise ValueError("--samples is for texts, a --chat has one")
+        if self.save_state and not pathlib.Path(self.save_state).absolute().parent.is_dir():
+            raise ValueError(f"--save-state {self.save_state}: its folder does not exist")
         if self.think_budget >= 0 and not self.chat:
             raise ValueError("--think-budget is for --chat: without it there is no thought to close")
         prompts = self.prompt or []
         if not all(prompts):
             raise ValueError("--prompt is empty: give it some text")
-        if (self.save_state or self.load_state) and (self.samples > 1 or len(prompts) > 1):
+        if (self.save_state or self.load_state) and not self.chat and (
+                self.samples > 1 or len(prompts) > 1):
             raise ValueError("--save-state and --load-state are for one prompt and one sample")
 
 
@@ -1389,6 +1501,8 @@ def pick_device(name):
         raise ValueError(f"--device is {name!r}, must be auto, cuda, mps or cpu")
     try:
         torch.empty(1, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name
@@ -1408,6 +1522,9 @@ def pick_state_dtype(name):
 
 
 def pick_config(run):
+    """Of --preset and --pattern, else of --checkpoint, else the toy."""
+    if run.checkpoint and not run.preset:
+        return config_from_hf(read_json(pathlib.Path(run.checkpoint) / "config.json"))
     return HybridConfig.preset(run.preset or "toy",
                                **(dict(pattern=run.pattern) if run.pattern else {}))
 
@@ -1416,7 +1533,10 @@ def peak_bytes(device):
     """The most memory this process has held: allocated on a CUDA device, else resident in all."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    import resource     # not on Windows
+    try:
+        import resource
+    except ImportError:         # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -1455,27 +1575,29 @@ DEFAULT_PROMPT = "import os\n\n\ndef read_"
 
 
 def prepare(run, prompts):
-    """(model, encoding, device, context) of a request that fits; nothing large is allocated before
-    that is known.
+    """(model, encoding, device, context, block of prefill) of a request that fits; nothing large is
+    allocated before that is known.
     """
     folder, device = pathlib.Path(run.checkpoint or newest_checkpoint()), pick_device(run.device)
     encoding = load_encoding(folder)
     values = read_json(folder / "config.json")
     config, dtype = config_from_hf(values), pick_dtype(run.dtype)
-    stored = dtype or pick_dtype(values.get("torch_dtype") or values.get("dtype") or "float32")
+    stored = getattr(torch, str(values.get("torch_dtype") or values.get("dtype")), None)
+    stored = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
     longest = 1 + max((len(encoding.encode_ordinary(text)) for text in prompts), default=0)
     context = run.context or (4096 if run.chat or run.load_state else longest + run.tokens)
     if longest > context:
         raise ValueError(f"the prompt has {longest} tokens, the cache holds {context}")
     limit = settle_limit(run, device)
-    found = check_plan(config, limit, context, max(len(prompts), 1) * run.samples, dtype=stored,
+    rows = 1 if run.chat else max(len(prompts), 1) * run.samples
+    found = check_plan(config, limit, context, rows, dtype=stored,
+                       snapshots=run.chat + device.startswith("cuda"),
                        state_dtype=pick_state_dtype(run.state_dtype), int8=run.int8,
                        prefill_chunk=run.prefill_chunk)
     if device == "cpu":
         tune_cpu()
-    elif device.startswith("cuda") and (run.memory_gib or run.gpu):
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+    elif run.memory_gib or run.gpu:
+        cap_memory(device, limit)
     model = load_run(folder, device, dtype, run.int8)[0]
     print(f"{folder}: {config.pattern}, {config.n_params() / 1e6:.1f} M parameters, {device}, "
           f"{'int8 and ' if run.int8 else ''}{str(stored)[6:]}, planned "
@@ -1495,6 +1617,8 @@ def body(run):
         prompts = [DEFAULT_PROMPT]
     model, encoding, device, context, chunk = prepare(run, prompts)
     more = dict(chunk=chunk, state_dtype=pick_state_dtype(run.state_dtype), compiled=run.compile)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal that lacks a character
     stats = dict(tokens=0, seconds=0.0, prompt_tokens=0, prefill_seconds=0.0, cache_bytes=0)
     if run.chat or run.save_state or run.load_state:
         session = Session(model, encoding, context, **more)
@@ -1552,22 +1676,33 @@ def go_on(run, session, settings, prompts, stats):
 
 
 def converse(run, session, settings, prompts, stats):
-    """Turns: --prompt first, then lines of standard input until it ends."""
+    """Turns: --prompt first, then lines of standard input until it ends. Turn i has seed + i. A
+    second Ctrl-C in an answer ends everything, and nothing is saved.
+    """
     chat, answers = Chat(session, run.system, settings), []
     turns = iter(prompts)
-    ask = "\n> " if sys.stdin.isatty() else ""
-    try:
-        while (text := next(turns, None) or input(ask)) is not None:
-            answer = []
-            with Interrupt() as interrupt:
+    ask = "\n> " if sys.stdin and sys.stdin.isatty() else ""
+    while (text := next(turns, None) or read_line(ask)) is not None:
+        answer = []
+        with Interrupt() as interrupt:
+            try:
                 for piece in interrupt.watch(chat.say(text, run.seed + len(answers), stats)):
                     print(piece, end="", flush=True)
                     answer.append(piece)
-            print()
-            answers.append("".join(answer))
-    except (EOFError, KeyboardInterrupt):
-        pass
+            except ValueError as error:         # the context is full
+                print(f"\nthe chat ends here: {error}")
+                break
+        print()
+        answers.append("".join(answer))
     return answers
+
+
+def read_line(ask):
+    """A line of standard input; None at its end or at Ctrl-C."""
+    try:
+        return input(ask) if sys.stdin else None
+    except (EOFError, KeyboardInterrupt):
+        return None
 
 
 def main(argv=None):

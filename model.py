@@ -305,7 +305,7 @@ class HybridCache:
     """
 
     def __init__(self, config, batch, max_len, dtype, device, state_dtype=torch.float32):
-        self.batch, self.max_len, self.pos = batch, max_len, 0
+        self.batch, self.max_len, self.pos, self.device = batch, max_len, 0, device
         self.lengths = self.columns = None
         zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
         M = [i for i, c in enumerate(config.pattern) if c == "M"]
@@ -335,6 +335,8 @@ class HybridCache:
         self.pos = snapshot["pos"]
         if snapshot["lengths"] is None:
             self.lengths = self.columns = None
+        elif self.lengths is None:
+            self.lengths = snapshot["lengths"].clone()
         else:
             self.lengths.copy_(snapshot["lengths"])
         for mine, saved in ((self.ssm, snapshot["ssm"]), (self.conv, snapshot["conv"])):
@@ -361,6 +363,8 @@ class HybridCache:
         other.kv = {k: m[:, i:i + 1] for k, m in self.kv.items()}
         other.ssm = {k: m[i:i + 1] for k, m in self.ssm.items()}
         other.conv = {k: m[i:i + 1] for k, m in self.conv.items()}
+        for m in (*other.ssm.values(), *other.conv.values()):
+            m.zero_()
         return other
 
     def copy_row(self, source, target, tokens):
@@ -373,7 +377,7 @@ class HybridCache:
     def set_lengths(self, lengths):
         """Tokens that each row has seen, a list of ints."""
         self.pos = max(lengths)
-        self.lengths = torch.tensor(lengths, device=self.tensors()[0].device)
+        self.lengths = torch.tensor(lengths, device=self.device)
 
     def advance(self, t):
         self.pos += t

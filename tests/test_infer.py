@@ -519,6 +519,7 @@ def test_a_close_that_was_begun_is_finished_and_not_repeated(tokenizer_json):
     forced = [budget.watch(bytes([b])) for b in b"abc</th"]
     assert forced[:-1] == [[]] * 6 and bytes(forced[-1]) == b"ink>"
     assert budget.watch(b"\n") == []
+    assert bytes(ThinkingBudget(encoding, 1).watch(b"\n</")) == b"think>"
 
 
 def test_without_thinking_the_thought_is_closed_in_the_prompt(chat_encoding, run_folder):
@@ -589,7 +590,7 @@ def test_the_9b_fits_the_a10g_and_what_it_came_from_does_not():
 
 @pytest.mark.parametrize("preset, context, limit", [
     ("nemotron-nano-9b-v2", 131072, 19.66), ("qwen3-8b-shape", 8192, 19.66),
-    ("nemotron-h-8b", 65536, 40.0), ("small", 4096, 1.0)])
+    ("nemotron-h-8b", 65536, 18.0), ("small", 4096, 1.0)])
 def test_the_largest_are_the_largest(preset, context, limit):
     """One more does not fit, as the same plan says when it is asked for it."""
     config, limit = HybridConfig.preset(preset), int(limit * GIB)
@@ -709,7 +710,12 @@ def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
     (["--checkpoint", "/nowhere"], "or download config.json, tokenizer.json and all *.safetensors"),
     (["--prompt", ""], "--prompt is empty"), (["--samples", "0"], "--samples is 0"),
     (["--memory-gib", "0.00001"], "the weights alone are"),
-    (["--memory-gib", "0.001", "--context", "1000000"], "at most a context of"),
+    (["--memory-gib", "0.1", "--context", "1000000"], "a context of"),
+    (["--memory-gib", "inf"], "--memory-gib is inf"), (["--seed", str(2 ** 70)], "out of range"),
+    (["--preset", "toy"], "what is run is named by --checkpoint"),
+    (["--system", "s"], "--system begins a --chat"), (["--chat", "--samples", "2"], "a --chat has one"),
+    (["--save-state", "/nowhere/x"], "its folder does not exist"),
+    (["--load-state", "/"], "not a whole state file"),
     (["--memory-gib", "-1"], "--memory-gib is -1.0"), (["--gpu", "h1000"], "must be one of a10g"),
     (["--plan", "--preset", "nano"], "preset 'nano' is not one of"),
     (["--plan", "--fit"], "--plan and --fit: give one of them"),
@@ -813,3 +819,76 @@ def test_quality_of_int8_is_measured_in_bits_a_byte(run_folder, tmp_path, capsys
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["cost"] == result["int8_bpb"] / result["val_bpb"] - 1
     assert 0 < abs(result["cost"]) < 0.005 and 2 < result["val_bpb"] < 8
+
+
+def test_a_chat_that_fills_its_context_ends_and_keeps_what_was_said(run_folder, tmp_path, capsys,
+                                                                    monkeypatch):
+    lines = iter(["hello there", "a second line of text", "a third", "and more", None])
+    monkeypatch.setattr(infer, "read_line", lambda _: next(lines))
+    state = tmp_path / "state"
+    infer.main(["--checkpoint", str(run_folder), "--device", "cpu", "--chat", "--context", "220",
+                "--tokens", "40", "--save-state", str(state)])
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert "the chat ends here: the turn of" in out and 1 <= len(result["text"]) < 4
+    session = Session(*load_run(run_folder), 220)
+    load_state(session, state)
+    assert session.cache.pos + len(session.waiting) <= 220
+
+
+def test_rows_end_by_their_own_length(loaded):
+    """A long neighbour that fills the cache does not cut a short one off."""
+    model, encoding = loaded[0].double(), loaded[1]
+    settings = Settings(max_tokens=60, temperature=0)
+    prompts = ["import argparse, sys\n\n\nclass Parser", "x"]
+    alone = [texts_of(generate_rows(model, encoding, [p], settings, max_len=40), 1)[0]
+             for p in prompts]
+    assert texts_of(generate_rows(model, encoding, prompts, settings, max_len=40), 2) == alone
+
+
+def test_a_session_knows_the_prompt_for_its_penalty(loaded):
+    model, encoding = loaded
+    settings = Settings(max_tokens=20, temperature=0, repetition_penalty=1.5)
+    session = Session(model, encoding, 60)
+    session.feed([encoding.encode_single_token("<|bos|>"), *encoding.encode_ordinary("def f")])
+    assert "".join(session.write(settings)) == texts_of(
+        generate_rows(model, encoding, ["def f"], settings), 1)[0]
+
+
+def test_a_plan_counts_snapshots_and_loading():
+    parts = lambda **more: plan(NANO, 4096, 2, **more)["parts"]
+    one = parts(snapshots=1)
+    assert one["snapshots"] == one["ssm_states"] + one["conv_states"]
+    table = NANO.vocab_size * NANO.d_model * 2
+    assert parts(int8=True)["workspace"] > table - parts()["kv"] - 2 * one["snapshots"]
+
+
+def test_int8_is_made_without_a_second_copy():
+    """What exists while a weight becomes codes: pieces, not the whole."""
+    weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    before = Int8Linear.PIECE
+    Int8Linear.PIECE = 2 ** 20
+    try:
+        with infer.LivePeak() as live:
+            Int8Linear(weight)
+    finally:
+        Int8Linear.PIECE = before
+    assert live.peak < weight.numel() + 2 ** 20 * 16
+
+
+def test_a_snapshot_goes_back_whatever_the_cache_was_used_for(loaded):
+    model = loaded[0]
+    cache = model.init_cache(1, 30)
+    prefill(model, cache, torch.tensor([[1, 2, 3]]))
+    before = cache.snapshot()
+    decoder = Decoder(model, cache)
+    first = decoder(torch.tensor([5])).clone()
+    inside = cache.snapshot()
+    cache.restore(before)
+    with pytest.raises(ValueError, match="make a new one"):
+        decoder(torch.tensor([5]))
+    assert_close([Decoder(model, cache)(torch.tensor([5]))], [first], ["logits"], 1e-6)
+    cache.lengths = None
+    cache.restore(inside)
+    assert cache.lengths.tolist() == [4] and cache.pos == 4
+    assert not any(m.any() for m in cache.row(0).ssm.values())      # a row begins empty
