@@ -310,7 +310,7 @@ def plan(config, context, batch=1, dtype=torch.bfloat16, state_dtype=torch.float
             raise ValueError(f"--{name} is {value}, must be from 1 to {2 ** 40}")
     if prefill_chunk < 0:
         raise ValueError(f"--prefill-chunk is {prefill_chunk}, must be at least 1, or 0 for auto")
-    kinds = dict(dtype=dtype, state_dtype=state_dtype)
+    kinds, limit = dict(dtype=dtype, state_dtype=state_dtype), limit and int(limit)
     weights = int8_bytes(config, dtype) if int8 else config.weight_bytes(dtype)
     loading = 0         # int8: the largest tensor as stored, and the pieces that become codes
     if int8:
