@@ -187,7 +187,7 @@ def build_random(config, device="cpu", dtype=torch.float32, seed=0, int8=False):
 # ------------------------------------------------------------------------------------------------
 # The plan: bytes
 
-GPUS = {    # GiB as torch reports them, rounded down; GB/s and dense bf16 TFLOP/s of the data sheets
+GPUS = {    # GiB as torch reports them, rounded down; GB/s and dense bf16 TFLOP/s of data sheets
     "a10g": (22.06, 600, 70),
     "l4": (22.0, 300, 121),
     "rtx4090": (23.5, 1008, 165),
@@ -554,7 +554,7 @@ def penalise(logits, ids, penalty):
 
 @dataclasses.dataclass
 class Settings:
-    """How tokens are chosen and when a text ends. Raises ValueError, naming what is out of range."""
+    """How tokens are chosen and when a text ends. Raises ValueError for what is out of range."""
 
     max_tokens: int = 200
     temperature: float = 0.8        # 0 is greedy
@@ -1000,7 +1000,8 @@ def load_state(session, path):
                         raise ValueError(f"{path} holds {part} in {str(value.dtype)[6:]}, the "
                                          f"cache is {str(m.dtype)[6:]}: see --state-dtype")
                     (m[:, :, :, :pos] if part == "kv" else m).copy_(value)
-            session.seen, session.thinking = json.loads(about["seen"]), json.loads(about["thinking"])
+            session.seen = json.loads(about["seen"])
+            session.thinking = json.loads(about["thinking"])
     except FileNotFoundError:
         raise FileNotFoundError(f"--load-state {path} does not exist") from None
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
@@ -1053,8 +1054,8 @@ def check_plan(config, limit, context, batch, **kinds):
         room.append(f"a batch of {found['largest_batch']} at this context fits")
     if weights > limit:
         room = [f"the weights alone are {(weights - limit) / GIB:.3f} GiB more"]
-    raise ValueError(f"{batch} x {context} tokens need {found['total_bytes'] / GIB:.3f} GiB (weights "
-                     f"{weights / GIB:.3f}), {limit / GIB:.3f} GiB are there: "
+    raise ValueError(f"{batch} x {context} tokens need {found['total_bytes'] / GIB:.3f} GiB "
+                     f"(weights {weights / GIB:.3f}), {limit / GIB:.3f} GiB are there: "
                      f"{', '.join(room) or 'nothing smaller in context or batch fits'}")
 
 
@@ -1090,7 +1091,7 @@ def show_plan(run):
                  limit=settle_limit(run, "cpu"), **kinds)
     print(describe_plan(config, found, context, run.batch, dtype, run.int8))
     print(f"\n{'ceilings':12s}{'GiB':>8s}{'fits':>6s}{'decode tok/s':>14s}{'prefill s':>11s}"
-          f"    (bytes / bandwidth, FLOPs / peak; expect 70% of them, and a quarter without graphs)")
+          f"    (bytes / bandwidth, FLOPs / peak; expect 70%, and a quarter without graphs)")
     ceilings = {}
     for name, (memory, bandwidth, flops) in GPUS.items():
         if run.gpu in ("", name):
@@ -1481,7 +1482,7 @@ class Run:
         if self.save_state and not pathlib.Path(self.save_state).absolute().parent.is_dir():
             raise ValueError(f"--save-state {self.save_state}: its folder does not exist")
         if self.think_budget >= 0 and not self.chat:
-            raise ValueError("--think-budget is for --chat: without it there is no thought to close")
+            raise ValueError("--think-budget is for --chat: elsewhere there is no thought to close")
         prompts = self.prompt or []
         if not all(prompts):
             raise ValueError("--prompt is empty: give it some text")

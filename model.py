@@ -450,11 +450,11 @@ class Attention(nn.Module):
                                       enable_gqa=heads != k.shape[1])
         if mask is not None or pos == 0:
             return attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):    # a kernel that needs no mask
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):    # without a mask
             from torch.nn.attention.bias import causal_lower_right      # takes a second to import
             return attention(q, k, v, attn_mask=causal_lower_right(t, pos + t))
 
-        # Elsewhere is_causal would align top-left: a few queries at a time, so that the mask is small.
+        # Elsewhere is_causal would align top-left: a few queries at a time, for a small mask.
         y, rows = torch.empty_like(q), max(MASK_ELEMENTS // (pos + t), 1)
         for i in range(0, t, rows):
             piece = q[:, :, i:i + rows]

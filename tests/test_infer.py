@@ -454,8 +454,8 @@ def scripted_chat(text, encoding, run_folder, max_tokens=200, **settings):
 
 
 def test_a_chat_keeps_its_state_and_drops_thoughts(chat_encoding, run_folder):
-    """After a turn the state is that of the history as the template writes it, to 1e-10: the thought
-    left no trace, and only new tokens were run.
+    """After a turn the state is that of the history as the template writes it, to 1e-10: the
+    thought left no trace, and only new tokens were run.
     """
     chat = scripted_chat("hm, well\n</think>\n\nHello.\n<SPECIAL_12>", chat_encoding, run_folder)
     answer = "".join(chat.say("Hi"))
@@ -506,7 +506,8 @@ def test_a_thought_is_closed_once_at_a_newline_or_after_the_grace(chat_encoding,
         assert answer == text
     elif expected == "cut":
         said = answer[:answer.index("</think>")]
-        assert len(chat_encoding.encode_ordinary(said.removesuffix("\n"))) == pytest.approx(24, abs=2)
+        tokens = len(chat_encoding.encode_ordinary(said.removesuffix("\n")))
+        assert tokens == pytest.approx(24, abs=2)
         assert answer.count("</think>") == 1 and said.endswith("\n")
     else:
         assert answer.startswith(expected) and answer.count("</think>") == 1
@@ -538,7 +539,8 @@ def test_int8_is_within_half_a_step_and_costs_what_it_says():
     weight[3] = 0
     layer = Int8Linear(weight)
     step = weight.abs().amax(1, keepdim=True) / 127
-    assert ((layer.weight - weight).abs() <= 0.5001 * step).all() and layer.codes.dtype == torch.int8
+    assert layer.codes.dtype == torch.int8
+    assert ((layer.weight - weight).abs() <= 0.5001 * step).all()
     assert layer.codes.abs().amax(1)[0] == 127 and not layer.weight[3].any()
     x = torch.randn(2, 3, 64)
     expected = x @ layer.weight.t()
@@ -713,7 +715,8 @@ def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
     (["--memory-gib", "0.1", "--context", "1000000"], "a context of"),
     (["--memory-gib", "inf"], "--memory-gib is inf"), (["--seed", str(2 ** 70)], "out of range"),
     (["--preset", "toy"], "what is run is named by --checkpoint"),
-    (["--system", "s"], "--system begins a --chat"), (["--chat", "--samples", "2"], "a --chat has one"),
+    (["--system", "s"], "--system begins a --chat"),
+    (["--chat", "--samples", "2"], "a --chat has one"),
     (["--save-state", "/nowhere/x"], "its folder does not exist"),
     (["--load-state", "/"], "not a whole state file"),
     (["--memory-gib", "-1"], "--memory-gib is -1.0"), (["--gpu", "h1000"], "must be one of a10g"),

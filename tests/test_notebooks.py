@@ -16,7 +16,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def test_there_are_notebooks():
     names = {path.name for path in NOTEBOOKS}
-    assert {"01_ssm.ipynb", "02_model.ipynb", "03_train_fp8.ipynb", "06_infer.ipynb"} <= names
+    assert {"01_ssm.ipynb", "02_model.ipynb", "03_train_fp8.ipynb", "04_prune_distill.ipynb",
+            "06_infer.ipynb"} <= names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

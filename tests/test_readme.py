@@ -16,6 +16,9 @@ SHORTER = {         # added to a command of this script, so that it takes second
     "ssm.py": ["--quick"],
     "train_fp8.py": ["--steps", "2", "--batch-size", "2", "--seq-len", "32", "--tokenizer",
                      "bytes", "--device", "cpu"],
+    "prune_distill.py": ["--data", "my_texts", "--steps", "2", "--trial-steps", "1", "--samples",
+                         "4", "--batch-size", "2", "--seq-len", "32", "--eval-tokens", "256",
+                         "--device", "cpu"],
     "infer.py": ["--tokens", "5", "--device", "cpu"],
 }
 # install, this suite, tested elsewhere
