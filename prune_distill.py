@@ -69,7 +69,7 @@ from model import (HybridConfig, HybridLM, layer_state, read_json, save_hf, set_
                    tune_cpu, write_json, write_text)
 from ssm import accumulator
 from train_fp8 import (convert_to_fp8, evaluate, from_first, gathered, make_batches, make_optimizer,
-                       shard, start_processes, train_step, wsd)
+                       rank_and_size, shard, start_processes, train_step, wsd)
 
 # ------------------------------------------------------------------------------------------------
 # Importance, from forward passes
@@ -398,6 +398,8 @@ def distill(teacher, student, run, token_data, steps=None, progress=None):
     steps = steps or run.steps
     if teacher is not None:
         teach(student, teacher)
+    if rank_and_size()[1] > 1:
+        shard(student)
     optimizer = make_optimizer(student, run.lr, run.weight_decay)
     batches, losses = make_batches(run, token_data), []
     device = student.lm_head.weight.device
@@ -720,11 +722,11 @@ def compress(run, teacher, token_data, device):
         student = prune(teacher, keep)
         row = dict(config=dataclasses.asdict(student.config), layers=keep.layers,
                    params=student.config.n_params(), bytes=request.needs(student.config),
-                   cut=measure(run, student, token_data))
+                   cut=measure(run, student, token_data),
+                   tokens_per_s=1 / Measured(student.eval(), 1, min(run.context, 512)).decode)
         if len(proposals) > 1:
-            distill(teacher, student, trial, token_data, run.trial_steps)
+            distill(teacher, student.train(), trial, token_data, run.trial_steps)
         row["trained"] = measure(run, student, token_data)
-        row["tokens_per_s"] = 1 / Measured(student.eval(), 1, min(run.context, 512)).decode
         table.append(row)
         print(f"{describe(student.config):52s}{row['params'] / 1e6:9.2f}{row['bytes'] / GIB:8.4f}"
               f"{row['cut']:8.4f}{row['trained']:9.4f}{row['tokens_per_s']:7.0f}", flush=True)
@@ -885,8 +887,6 @@ def from_scratch(run, config, teacher, token_data, device):
     torch.manual_seed(run.seed)
     model = HybridLM(config, teacher.compute_dtype).to(device)
     training = dataclasses.replace(run.training(), phases="", lr=train_fp8.Run.lr)
-    if train_fp8.rank_and_size()[1] > 1:
-        shard(model)
     distill(None, model, training, token_data, progress="from scratch")
     return measure(run, model, token_data)
 

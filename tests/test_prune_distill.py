@@ -509,3 +509,15 @@ def test_the_ablation_has_every_row(text, teacher, tmp_path, capsys):
     assert {"cut: importance", "cut: random", "cut: worst first", "trained: KD",
             "trained: cross-entropy", "trained: from scratch"} <= set(table)
     assert table["cut: importance"]["mean"] < table["cut: worst first"]["mean"]
+
+
+def test_two_processes_compress_what_one_does(compressed, text, teacher, tmp_path):
+    """Trials, choice, distillation and the comparison from scratch, the student sharded."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               str(ROOT / "prune_distill.py"), *flags(text, teacher, tmp_path / "two")]
+    output = subprocess.run(command, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr[-2000:]
+    one, two = final(compressed), final(tmp_path / "two")
+    assert one["params_after"] == two["params_after"]
+    for name in ("teacher", "pruned", "student", "scratch"):
+        assert two[f"{name}_val_loss"] == pytest.approx(one[f"{name}_val_loss"], rel=1e-5)
