@@ -730,10 +730,12 @@ def compress(run, teacher, token_data, device):
         table.append(row)
         print(f"{describe(student.config):52s}{row['params'] / 1e6:9.2f}{row['bytes'] / GIB:8.4f}"
               f"{row['cut']:8.4f}{row['trained']:9.4f}{row['tokens_per_s']:7.0f}", flush=True)
-    chosen = min(range(len(table)), key=lambda i: table[i]["trained"])
-    chosen, = from_first(chosen)
-    print(f"chosen       {describe(proposals[chosen].config(config))}: lowest loss after "
-          f"{run.trial_steps} steps" if len(table) > 1 else "")
+    lowest = min(row["trained"] for row in table)           # and of equally good ones the fastest
+    near = [i for i, row in enumerate(table) if row["trained"] <= 1.001 * lowest]
+    chosen, = from_first(max(near, key=lambda i: table[i]["tokens_per_s"]))
+    if len(table) > 1:
+        print(f"chosen       {describe(proposals[chosen].config(config))}: lowest loss after "
+              f"{run.trial_steps} steps" + (", fastest of those within 0.1%" * (len(near) > 1)))
     return proposals[chosen], table, chosen
 
 
