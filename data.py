@@ -37,6 +37,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import sys
 import sysconfig
 import typing
@@ -99,6 +100,23 @@ def run_script(body, run):
         sys.exit(130)
     if result is not None:
         print(json.dumps(result), flush=True)
+
+
+class StopRequest:
+    """A context in which Ctrl-C sets .asked, for a loop to end at a whole step; a second one
+    interrupts at once.
+    """
+
+    def __enter__(self):
+        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -55,7 +55,6 @@ import hashlib
 import json
 import pathlib
 import platform
-import signal
 import sys
 import time
 import weakref
@@ -68,7 +67,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from data import assigned_ids, encoding_from_json, parse_flags, run_script, separator_id
+from data import (StopRequest, assigned_ids, encoding_from_json, parse_flags, run_script,
+                  separator_id)
 from model import (FP32_PARAMETERS, HybridCache, HybridConfig, HybridLM, config_from_hf,
                    decode_settings, free_bytes, layer_state, load_hf, median_seconds, read_json,
                    replace_file, reset_peak, resident_bytes, set_parameter, tune_cpu)
@@ -1547,21 +1547,8 @@ def newest_checkpoint():
     return "out/compressed" if pathlib.Path("out/compressed/config.json").exists() else "out/base"
 
 
-class Interrupt:
-    """Ctrl-C ends the text after the token that is being made, so that the state stays whole; a
-    second one interrupts at once.
-    """
-
-    def __enter__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+class Interrupt(StopRequest):
+    """Ctrl-C ends the text after the token that is being made, so that the state stays whole."""
 
     def watch(self, pieces):
         """The pieces, until Ctrl-C."""

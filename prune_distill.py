@@ -524,8 +524,8 @@ def describe(config):
 def minipuzzle(costs, width_costs, config, request):
     """(layers, MLP width) of the least cost that fits, by integer program (Nemotron-H, section 3).
 
-    costs {layer: cost of removing it}, width_costs {MLP width: cost of cutting all MLPs to it}, both
-    MSE before the head. Costs add up, which is the assumption. Which layers stay is k_i, the width
+    costs {layer: of removing it}, width_costs {MLP width: of cutting all MLPs to it}, both an MSE
+    before the head. Costs add up, which is the assumption. Which layers stay is k_i, the width
     y_j; the bytes of an MLP are a product of the two, made linear by z_ij >= k_i + y_j - 1. Raises
     ValueError if nothing fits.
     """
@@ -686,12 +686,11 @@ def load_teacher(run, device):
     return teacher, tokenizer_json, token_data
 
 
-def calibration(run, token_data, rows=None):
+def calibration(run, token_data):
     """Batches of the training text, other ones than distillation begins with."""
-    rows = rows or run.samples
-    mine = dataclasses.replace(run.training(), seed=run.seed + 1, batch_size=min(8, rows))
+    mine = dataclasses.replace(run.training(), seed=run.seed + 1, batch_size=min(8, run.samples))
     batches = make_batches(mine, token_data)
-    return [batches.next()[0] for _ in range(-(-rows // mine.batch_size))]
+    return [batches.next()[0] for _ in range(-(-run.samples // mine.batch_size))]
 
 
 def measure(run, model, token_data):
@@ -700,7 +699,7 @@ def measure(run, model, token_data):
                     limit=run.eval_tokens)
 
 
-def compress(run, teacher, token_data, device):
+def compress(run, teacher, token_data):
     """Importance, search, short distillations: (keep, table of what was tried). Prints both."""
     config, request = teacher.config, request_for(run, teacher.config)
     batches = calibration(run, token_data)
@@ -828,7 +827,7 @@ def body(run):
               f"{run.batch_size * run.seq_len} tokens with a teacher"
               + (f", {run.steps} without" if run.scratch else ""))
         before = measure(run, teacher, token_data)
-        keep, table, chosen = compress(run, teacher, token_data, device)
+        keep, table, chosen = compress(run, teacher, token_data)
         student = prune(teacher, keep)
         begun = dict(settings=settings, config=dataclasses.asdict(student.config),
                      layers=keep.layers, candidates=table, chosen=chosen, teacher_val_loss=before,

@@ -78,7 +78,6 @@ import math
 import os
 import pathlib
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -99,7 +98,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import Batches, TokenData, load_data, parse_flags, run_script, validation_batches
+from data import (Batches, StopRequest, TokenData, load_data, parse_flags, run_script,
+                  validation_batches)
 from model import (HybridConfig, HybridLM, free_bytes, median_seconds, replace_file, save_hf,
                    tune_cpu, write_text)
 from ssm import Linear
@@ -995,16 +995,11 @@ class Metrics:
         self.file.flush()
 
 
-class StopRequest:
-    """Ctrl-C asks the loop to stop after its step; a second one interrupts at once."""
-
-    def __enter__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
-        return self
+class StopAfterStep(StopRequest):
+    """Ctrl-C asks the loop to stop after its step, and says so."""
 
     def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)
+        super().ask()
         tqdm.write("stopping after this step (Ctrl-C again to stop at once)", file=sys.stderr)
 
     def everywhere(self):
@@ -1014,9 +1009,6 @@ class StopRequest:
         asked = [None] * dist.get_world_size()
         dist.all_gather_object(asked, self.asked)
         return any(asked)
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1140,7 +1132,7 @@ def train(run, model, token_data, state=None, matmul=None, phases=None):
     metrics = Metrics(os.devnull if rank else pathlib.Path(run.out) / "metrics.jsonl", first)
     tokens_a_step = run.batch_size * run.seq_len
 
-    with StopRequest() as stop, tqdm(total=run.steps, initial=first, unit="step",
+    with StopAfterStep() as stop, tqdm(total=run.steps, initial=first, unit="step",
                                      disable=rank > 0 or None) as bar:
         while step < last and not stop.everywhere():
             start = time.perf_counter()
