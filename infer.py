@@ -201,11 +201,23 @@ def int8_bytes(config, dtype=torch.bfloat16):
     """Bytes of the weights after `to_int8`: linears 1 byte a value and 4 a row, the rest in dtype
     but for A_log, D and dt_bias in fp32.
     """
-    with torch.device("meta"):
-        linears = [m for m in HybridLM(config).modules() if isinstance(m, Linear)]
-    values = sum(m.weight.numel() for m in linears)
-    rows = sum(len(m.weight) for m in linears)
-    return config.weight_bytes(dtype) - values * dtype.itemsize + values + 4 * rows
+    d, q_width, kv_width = config.d_model, config.n_heads * config.head_dim, \
+        config.n_kv_heads * config.head_dim
+    shapes = {"M": [(config.d_inner + config.conv_dim + config.mamba_heads, d),
+                    (d, config.d_inner)],
+              "*": [(q_width, d), (kv_width, d), (kv_width, d), (d, q_width)],
+              "-": [(config.mlp_dim, d), (d, config.mlp_dim)]}
+    linears = [(config.vocab_size, d)] + [shape for c in config.pattern for shape in shapes[c]]
+    values = sum(n * k for n, k in linears)
+    return config.weight_bytes(dtype) - values * dtype.itemsize + values + 4 * sum(
+        n for n, _ in linears)
+
+
+def loading_bytes(config, dtype=torch.bfloat16):
+    """Of int8 weights, while they are read: the largest tensor as stored, and the pieces of it that
+    become codes."""
+    table = config.vocab_size * config.d_model
+    return table * dtype.itemsize + 12 * min(Int8Linear.PIECE, table)
 
 
 class LivePeak(TorchDispatchMode):
@@ -312,10 +324,7 @@ def plan(config, context, batch=1, dtype=torch.bfloat16, state_dtype=torch.float
         raise ValueError(f"--prefill-chunk is {prefill_chunk}, must be at least 1, or 0 for auto")
     kinds, limit = dict(dtype=dtype, state_dtype=state_dtype), limit and int(limit)
     weights = int8_bytes(config, dtype) if int8 else config.weight_bytes(dtype)
-    loading = 0         # int8: the largest tensor as stored, and the pieces that become codes
-    if int8:
-        table = config.vocab_size * config.d_model
-        loading = table * dtype.itemsize + 12 * min(Int8Linear.PIECE, table)
+    loading = loading_bytes(config, dtype) if int8 else 0
 
     @functools.cache
     def work(tokens, context, rows=1):

@@ -38,12 +38,14 @@ arXiv 2504.11409; Minitron, arXiv 2407.14679 and 2408.11796.
 Glossary: as in model.py. teacher: the model that is cut; student: what is left of it; candidate: a
 configuration that fits; recovery: share of the loss that pruning cost that training has won back.
 
-Left out: alignment stages (DPO, GRPO), NAS over single layers' widths, distillation from stored
-logits, a teacher too large for one GPU.
+Left out: alignment stages (DPO, GRPO), NAS over single layers' widths, cutting attention heads in
+the search (scored and cut on request; the papers keep them), distillation from stored logits, a
+teacher too large for one GPU.
 
     python prune_distill.py                     out/base -> out/compressed, 4 min on 2 cores
     python prune_distill.py --list --preset nemotron-nano-12b-v2 --memory-gib 19.66 --context 131072
-    python prune_distill.py --list --preset nemotron-h-56b --memory-gib 31.7 --context 1000000
+    python prune_distill.py --list --preset nemotron-h-56b --memory-gib 31.7 --context 1000000 \
+        --weight-bits 4 --kv-bits 8
     python prune_distill.py --ablate --out out/ablation     importance, width or depth, KD or not
     python prune_distill.py --merge A B --alpha 0.5 --out C     mean of two checkpoints
 """
@@ -56,6 +58,7 @@ import json
 import math
 import pathlib
 import time
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -63,13 +66,14 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 import train_fp8
-from data import load_data, parse_flags, run_script
-from infer import GIB, Measured, load_run, pick_device, pick_dtype, workspace_bytes
+from data import Batches, load_data, parse_flags, run_script
+from infer import (GIB, Measured, int8_bytes, load_run, loading_bytes, model_fingerprint,
+                   pick_device, pick_dtype, workspace_bytes)
 from model import (HybridConfig, HybridLM, layer_state, read_json, save_hf, set_parameter,
                    tune_cpu, write_json, write_text)
 from ssm import accumulator
-from train_fp8 import (convert_to_fp8, evaluate, from_first, gathered, make_batches, make_optimizer,
-                       rank_and_size, shard, start_processes, train_step, wsd)
+from train_fp8 import (RECIPES, convert_to_fp8, evaluate, from_first, gathered, make_batches,
+                       make_optimizer, rank_and_size, shard, start_processes, train_step, wsd)
 
 # ------------------------------------------------------------------------------------------------
 # Importance, from forward passes
@@ -149,8 +153,8 @@ def layer_costs(model, batches, layers, metric="logits"):
     if metric not in ("logits", "hidden", "cosine"):
         raise ValueError(f"--layer-metric is {metric!r}, must be logits, hidden or cosine")
     cost = dict.fromkeys(layers, 0.0)
-    everything = range(len(model.config.pattern))
-    out = (lambda h: model.lm_head(h).float()) if metric == "logits" else (lambda h: h.float())
+    everything, w = range(len(model.config.pattern)), model.lm_head.weight.float()
+    gram = w.t() @ w / len(w) if metric == "logits" else None   # of logits: |W dh|^2 = dh W^T W dh
     for tokens in batches:
         if metric == "cosine":
             x = model.embed(tokens)
@@ -159,10 +163,11 @@ def layer_costs(model, batches, layers, metric="logits"):
                 x = block(x, **layer_state(block.letter, i, None, None, None))
                 cost[i] += 1 - float(torch.cosine_similarity(before, x.float(), dim=-1).mean())
             continue
-        truth = out(without(model, tokens, everything))
+        truth = without(model, tokens, everything).float()
         for i in layers:
-            left = [j for j in layers if j != i]
-            cost[i] += float((out(without(model, tokens, left)) - truth).square().mean())
+            difference = without(model, tokens, [j for j in layers if j != i]).float() - truth
+            other = difference / difference.shape[-1] if gram is None else difference @ gram
+            cost[i] += float((difference * other).sum(-1).mean())
     return cost
 
 
@@ -228,23 +233,22 @@ def one_width(name, kept, default):
     return widths.pop() if widths else default
 
 
-def best(score, n):
-    """Indices of the n largest, sorted; equal ones in order."""
-    return score.argsort(descending=True, stable=True)[:n].sort().values
+def best(score, n, worst=False):
+    """Indices of the n largest (worst: smallest), sorted; equal ones in order."""
+    return score.argsort(descending=not worst, stable=True)[:n].sort().values
 
 
-def best_in_groups(score, groups, n):
+def best_in_groups(score, groups, n, worst=False):
     """Indices of the n largest in all, as many from each of the groups of neighbours."""
     each = score.unflatten(0, (groups, -1))
-    kept = each.argsort(dim=1, descending=True, stable=True)[:, :n // groups].sort(1).values
-    start = torch.arange(groups, device=score.device)[:, None] * each.shape[1]
-    return (kept + start).flatten()
+    return torch.cat([best(one, n // groups, worst) + i * len(one) for i, one in enumerate(each)])
 
 
-def keep_best(scores, old, new, layers):
+def keep_best(scores, old, new, layers, worst=False):
     """The Keep that turns a model of configuration `old` into one of `new`, of these layers.
 
-    Raises ValueError, naming the nearest, where a width is larger or does not divide.
+    worst keeps the lowest scores, to compare with. Raises ValueError, naming the nearest, where a
+    width is larger or does not divide.
     """
     for name in ("d_model", "mlp_dim", "mamba_heads", "mamba_head_dim", "n_heads"):
         if getattr(new, name) > getattr(old, name):
@@ -256,12 +260,13 @@ def keep_best(scores, old, new, layers):
             raise ValueError(f"{name} {n} cannot be shared by {groups} groups: the nearest are "
                              f"{n // groups * groups} and {(n // groups + 1) * groups}")
     of = lambda letter: [i for i in layers if old.pattern[i] == letter]
-    channels = {i: best(scores.mamba[i].norm(dim=0), new.mamba_head_dim) for i in of("M")}
+    channels = {i: best(scores.mamba[i].norm(dim=0), new.mamba_head_dim, worst) for i in of("M")}
     mamba = {i: best_in_groups(scores.mamba[i][:, channels[i]].norm(dim=1), old.n_groups,
-                               new.mamba_heads) for i in of("M")}
-    return Keep(layers, best(scores.channels, new.d_model),
-                {i: best(scores.neurons[i], new.mlp_dim) for i in of("-")}, mamba, channels,
-                {i: best_in_groups(scores.heads[i], old.n_kv_heads, new.n_heads) for i in of("*")})
+                               new.mamba_heads, worst) for i in of("M")}
+    return Keep(layers, best(scores.channels, new.d_model, worst),
+                {i: best(scores.neurons[i], new.mlp_dim, worst) for i in of("-")}, mamba, channels,
+                {i: best_in_groups(scores.heads[i], old.n_kv_heads, new.n_heads, worst)
+                 for i in of("*")})
 
 
 def cut_layer(letter, mixer, i, keep, old):
@@ -352,7 +357,7 @@ class _KLDivergence(torch.autograd.Function):
             if want_grad:
                 d = log_q.exp_().sub_(p).div_(len(h)).to(h.dtype)
                 dh[i:i + block] = d @ w
-                dweight += d.t() @ rows
+                dweight.addmm_(d.t(), rows) if fine == h.dtype else dweight.add_(d.t() @ rows)
         ctx.save_for_backward(dh, dweight)
         ctx.dtype = weight.dtype
         return total / len(h)
@@ -360,8 +365,8 @@ class _KLDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        dh, dweight = ctx.saved_tensors
-        return dh * g.to(dh.dtype), (dweight * g).to(ctx.dtype), None, None, None, None
+        dh, dweight = ctx.saved_tensors         # nobody else's: scaled where they are
+        return dh.mul_(g), dweight.mul_(g).to(ctx.dtype), None, None, None, None
 
 
 def kd_loss(h, weight, teacher_h, teacher_weight, block=256):
@@ -377,16 +382,16 @@ def teach(student, teacher, block=256):
     """From now on student.loss(tokens, labels) in training is the KL to the teacher; where no
     gradient is recorded, as in evaluation, it is the student's own cross-entropy. Returns student.
     """
-    own = HybridLM.loss
     teacher.eval()
+    me = weakref.proxy(student)         # a model that held itself would outlive its last name
 
     def loss(tokens, labels, seq_idx=None):
         if not torch.is_grad_enabled():
-            return own(student, tokens, labels, seq_idx)
+            return HybridLM.loss(me, tokens, labels, seq_idx)
         with torch.no_grad():
             truth = teacher.hidden(tokens, seq_idx=seq_idx).flatten(0, 1)
-        h = student.hidden(tokens, seq_idx=seq_idx).flatten(0, 1)
-        return kd_loss(h, student.lm_head.weight, truth, teacher.lm_head.weight, block)
+        h = me.hidden(tokens, seq_idx=seq_idx).flatten(0, 1)
+        return kd_loss(h, me.lm_head.weight, truth, teacher.lm_head.weight, block)
     student.loss = loss
     return student
 
@@ -437,17 +442,20 @@ class Request:
     limit: int                      # bytes
     context: int = 131072           # tokens of each sequence
     batch: int = 1
-    weight_bits: int = 16           # 16, 8 or 4: all weights alike
+    weight_bits: int = 16           # 16; 8 as infer.py's int8; 4: all weights alike
     kv_dtype: torch.dtype = torch.bfloat16
     state_dtype: torch.dtype = torch.float32
     workspace: int = 0              # bytes of temporaries, see `request_for`
 
     def needs(self, config):
         """Bytes of a configuration: the plan of infer.py, with the teacher's temporaries."""
-        weights = config.weight_bytes(torch.bfloat16) if self.weight_bits == 16 else \
-            config.n_params() * self.weight_bits // 8
-        cache = config.cache_bytes(self.batch, self.context, self.kv_dtype, self.state_dtype)
-        return weights + sum(cache.values()) + self.workspace
+        weights = {16: config.weight_bytes, 8: lambda: int8_bytes(config),
+                   4: lambda: config.n_params() // 2}[self.weight_bits]()
+        cache = sum(config.cache_bytes(self.batch, self.context, self.kv_dtype,
+                                       self.state_dtype).values())
+        loading = loading_bytes(config) - cache if self.weight_bits == 8 else 0
+        logits = self.batch * config.vocab_size * 6 if self.workspace else 0    # bf16 and fp32
+        return weights + cache + max(self.workspace, loading) + logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -465,24 +473,27 @@ class Grid:
         return math.prod(map(len, (self.depths, self.d_model, self.mlp_dim, self.mamba_heads)))
 
 
-def grid_for(name, config):
+def grid_for(config):
     """The paper's grid for its two parents; for others a third off each width and a few layers."""
     counts = lambda m, a, f: {"M": m, "*": a, "-": f}
-    if name == "nemotron-nano-12b-v2":      # Nano 2, section 4: 52 to 56 layers, 4 of attention
+    shape = lambda one: (one.pattern, one.params_by_layer())
+    is_preset = lambda name: shape(config) == shape(HybridConfig.preset(name))
+    if is_preset("nemotron-nano-12b-v2"):   # Nano 2, section 4: 52 to 56 layers, 4 of attention
         depths = tuple(counts(m, 4, n - 4 - m) for n in (52, 54, 56)
                        for m in ((n - 4) // 2, (n - 4) // 2 + 1))
         return Grid((*depths, counts(28, 6, 28)), tuple(range(4480, 5121, 160)),
                     tuple(range(13440, 20481, 320)), (112, 120, 128))
-    if name == "nemotron-h-56b":            # Nemotron-H, section 3: widths as published
+    if is_preset("nemotron-h-56b"):         # Nemotron-H, section 3: widths as published
         depths = tuple(counts(m, a, f) for m in (45, 48, 51, 54) for a in (3, 4, 5, 6)
                        for f in (42, 45, 48, 51, 54))
         return Grid(depths, (8192,), tuple(range(24576, 32769, 1024)), (256,))
     have = collections.Counter(config.pattern)
-    fewer = [(i, j) for i in (0, 1) for j in (0, 1) if have["M"] > i and have["-"] > j]
-    depths = tuple(counts(have["M"] - i, have["*"], have["-"] - j) for i, j in fewer)
-    down = lambda n, step: tuple(range(n, max(int(0.62 * n), step) - 1, -step))
-    return Grid(depths, down(config.d_model, 16),
-                down(config.mlp_dim, max(config.mlp_dim // 8, 16)),
+    one_less = lambda letter: (have[letter], have[letter] - 1)[:max(min(have[letter], 2), 1)]
+    depths = tuple(counts(m, have["*"], f) for m in one_less("M") for f in one_less("-"))
+    down = lambda n, step: tuple(range(n, min(max(int(0.62 * n), step), n) - 1, -step))
+    sixteens = lambda n, parts: max(n // parts // 16 * 16, 16)
+    return Grid(depths, down(config.d_model, sixteens(config.d_model, 16)),
+                down(config.mlp_dim, sixteens(config.mlp_dim, 8)),
                 down(config.mamba_heads, config.n_groups))
 
 
@@ -497,22 +508,38 @@ def with_counts(config, counts, **widths):
     return dataclasses.replace(config, pattern=pattern, **widths)
 
 
-def search(config, request, grid):
-    """[(bytes, counts, configuration)] of everything in the grid that fits, largest first. Raises
-    ValueError, naming the smallest, if nothing does.
+def takes_fp8(config):
+    """Whether `convert_to_fp8` accepts it: widths that 16 divides, more than the eight linears at
+    the ends."""
+    rows = {"M": (config.d_inner, config.d_inner + config.conv_dim + config.mamba_heads),
+            "*": (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim),
+            "-": (config.mlp_dim,)}
+    widths = [config.d_model, *(n for letter in set(config.pattern) for n in rows[letter])]
+    linears = sum(4 if letter == "*" else 2 for letter in config.pattern)
+    return linears > 8 and not any(n % 16 for n in widths)
+
+
+def search(config, request, grid, fp8=False):
+    """[(bytes, counts, configuration)] of everything in the grid that fits, largest first; fp8:
+    that can be trained in FP8. Raises ValueError, naming the smallest, if nothing does.
     """
     found, smallest = [], None
     for counts, d, f, heads in grid:
         one = with_counts(config, counts, d_model=d, mlp_dim=f, mamba_heads=heads)
+        if fp8 and not takes_fp8(one):
+            continue
         needed = request.needs(one)
         if smallest is None or needed < smallest[0]:
             smallest = needed, one
         if needed <= request.limit:
             found.append((needed, counts, one))
+    if smallest is None:
+        raise ValueError(f"none of {len(grid)} candidates can be trained in FP8, which wants widths "
+                         "that 16 divides and more than 8 linears: --recipe bf16")
     if not found:
-        raise ValueError(f"nothing fits {request.limit / GIB:.3f} GiB: the smallest of "
+        raise ValueError(f"nothing fits {request.limit / GIB:.4g} GiB: the smallest of "
                          f"{len(grid)} candidates, {describe(smallest[1])}, needs "
-                         f"{smallest[0] / GIB:.3f} GiB")
+                         f"{smallest[0] / GIB:.4g} GiB")
     return sorted(found, key=lambda row: -row[0])
 
 
@@ -533,6 +560,9 @@ def minipuzzle(costs, width_costs, config, request):
     from scipy.optimize import Bounds, LinearConstraint, milp
     layers, widths = list(costs), list(width_costs)
     mlps = [i for i in layers if config.pattern[i] == "-"]
+    if not mlps:
+        raise ValueError(f"MiniPuzzle chooses a width of the MLPs, and {config.pattern} has none: "
+                         "--method minitron")
     place = {("k", i): n for n, i in enumerate(layers)}
     place |= {("y", j): len(place) + n for n, j in enumerate(widths)}
     pairs = itertools.product(mlps, widths)
@@ -545,42 +575,52 @@ def minipuzzle(costs, width_costs, config, request):
     one = lambda letter, f=config.mlp_dim: bytes_of(letter * 2, f) - bytes_of(letter, f)
     rest = bytes_of("M", config.mlp_dim) - one("M") if "M" in config.pattern else \
         bytes_of("*", config.mlp_dim) - one("*")
-    scale = 1 / request.limit
+    scale = (1 + 1e-5) / request.limit          # the solver may miss a bound by 1e-6 of it
     memory = {("k", i): one(config.pattern[i]) * scale for i in layers if i not in mlps}
     memory |= {("z", i, j): one("-", j) * scale for i in mlps for j in widths}
-    constraints = [LinearConstraint(row(memory), -np.inf, (request.limit - rest) * scale),
+    constraints = [LinearConstraint(row(memory), -np.inf, 1 - rest * scale),
                    LinearConstraint(row({("y", j): 1.0 for j in widths}), 1, 1),
+                   LinearConstraint(row({("k", i): 1.0 for i in layers}), 1, np.inf),
                    LinearConstraint(np.stack([row({("z", i, j): 1, ("k", i): -1, ("y", j): -1})
                                               for i in mlps for j in widths]), -1, np.inf)]
     cost = {("k", i): -c for i, c in costs.items()} | {("y", j): c for j, c in width_costs.items()}
     whole = np.array([float(name[0] != "z") for name in place])
     found = milp(row(cost), constraints=constraints, integrality=whole, bounds=Bounds(0, 1))
     if found.x is None:
-        raise ValueError(f"no choice of layers and MLP width fits {request.limit / GIB:.3f} GiB")
+        least = min(bytes_of(config.pattern[i], min(widths)) for i in layers)
+        raise ValueError(f"no choice of layers and MLP width fits {request.limit / GIB:.4g} GiB: "
+                         f"the smallest, of one layer, needs {least / GIB:.4g}")
     value = {name: round(found.x[n]) for name, n in place.items()}
     return ([i for i in layers if value["k", i]], next(j for j in widths if value["y", j]))
 
 
-def request_for(run, config, device="cpu"):
-    """The Request of a run; a limit of 0 is --keep of what the teacher needs."""
+def request_for(run, config):
+    """The Request of a run; a limit of 0 is --keep of what the teacher needs.
+
+    Temporaries as infer.plan counts them, of the teacher's widths, so never too few; with 4-bit
+    weights, which infer.py has not, none: the papers' budget of 31.7 GiB has none either.
+    """
     kinds = {16: torch.bfloat16, 8: torch.float8_e4m3fn}
     if run.weight_bits not in (16, 8, 4) or run.kv_bits not in kinds:
         raise ValueError(f"--weight-bits is {run.weight_bits}, --kv-bits {run.kv_bits}: must be "
                          "16, 8 or 4, and 16 or 8")
-    block = max(min(1024, run.context // 32), 1)        # of the prompt, in prefill
-    workspace = workspace_bytes(config, block, run.context) if run.weight_bits == 16 else 0
+    workspace, int8 = 0, run.weight_bits == 8
+    if run.weight_bits != 4:
+        block = max(min(1024, run.context // 32), 1)    # of the prompt, in prefill
+        workspace = max(workspace_bytes(config, 1, run.context, run.batch, int8=int8),
+                        workspace_bytes(config, block, run.context, int8=int8))
     request = Request(0, run.context, run.batch, run.weight_bits, kinds[run.kv_bits],
                       torch.float32 if run.kv_bits == 16 else torch.bfloat16, workspace)
-    limit = int(run.memory_gib * GIB) or int(run.keep * request.needs(config))
-    return dataclasses.replace(request, limit=limit)
+    limit = run.memory_gib * GIB if run.memory_gib > 0 else run.keep * request.needs(config)
+    return dataclasses.replace(request, limit=int(limit))
 
 
 def show_list(run):
     """--list: everything in the grid that fits, without weights."""
     name = run.preset or "nemotron-nano-12b-v2"
     config = HybridConfig.preset(name)
-    request, grid = request_for(run, config), grid_for(name, config)
-    found = search(config, request, grid)
+    request, grid = request_for(run, config), grid_for(config)
+    found = search(config, request, grid, run.recipe != "bf16")
     print(f"{name}, {request.needs(config) / GIB:.2f} GiB at {run.context} tokens x {run.batch}: "
           f"{len(found)} of {len(grid)} candidates fit {request.limit / GIB:.2f} GiB")
     full = dict(d_model=config.d_model, mlp_dim=config.mlp_dim, mamba_heads=config.mamba_heads)
@@ -614,7 +654,7 @@ class Run:
     keep: float = 0.72              # of the teacher's bytes, when --memory-gib is 0
     context: int = 4096             # tokens that must fit, beside the weights
     batch: int = 1                  # sequences that must fit
-    weight_bits: int = 16           # of the deployed weights: 16, 8 or 4
+    weight_bits: int = 16           # of the deployed weights: 16, 8, or 4 (no temporaries then)
     kv_bits: int = 16               # of the deployed caches: 16 or 8 (then states in bf16)
     method: str = "minitron"        # minitron (search by width and depth) or minipuzzle
     layer_metric: str = "logits"    # what removing a layer costs: logits, hidden or cosine
@@ -626,7 +666,7 @@ class Run:
     seq_len: int = 256              # tokens a sequence
     lr: float = 1.5e-3              # peak learning rate
     loss: str = "kd"                # kd (from the teacher) or ce (from the text)
-    scratch: bool = True            # train the same shape from scratch on as many tokens, too
+    scratch: bool = True            # train the same shape from scratch, on as much of --data, too
     recipe: str = "bf16"            # FP8 recipe, as in training
     phases: str = ""                # JSON file of phases, as in training: sequence lengths, texts
     eval_tokens: int = 24576        # of the validation text, for every figure
@@ -659,9 +699,15 @@ class Run:
                                  f"one of {', '.join(allowed)}")
         if self.ablate and self.seeds < 2:
             raise ValueError(f"--seeds is {self.seeds}, must be at least 2: a mean needs a spread")
-        if self.memory_gib < 0 or not 0 < self.keep <= 1:
-            raise ValueError(f"--memory-gib is {self.memory_gib}, must be positive, --keep is "
-                             f"{self.keep}, must be above 0 and at most 1")
+        if not 0 <= self.memory_gib < math.inf or not 0 < self.keep <= 1:
+            raise ValueError(f"--memory-gib is {self.memory_gib}, must be positive and finite, "
+                             f"--keep is {self.keep}, must be above 0 and at most 1")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"--recipe is {self.recipe!r}, must be one of {', '.join(RECIPES)}")
+        if not self.merge and pathlib.Path(self.out).resolve() == \
+                pathlib.Path(self.teacher).resolve():
+            raise ValueError(f"--out and --teacher are both {self.out}: the student would take its "
+                             "teacher's place")
 
     def training(self):
         """The run of train_fp8 that distils."""
@@ -673,24 +719,26 @@ class Run:
             overwrite=self.overwrite, stop_after=self.stop_after)
 
 
-def load_teacher(run, device):
-    """(teacher, its tokenizer.json, the text in its tokens). Raises with one line."""
-    folder = pathlib.Path(run.teacher)
-    teacher, _ = load_run(folder, device)
-    tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    token_data = load_data(run.data, "bpe", teacher.config.vocab_size, tokenizer_json)
-    if token_data.tokenizer_json != tokenizer_json or \
-            token_data.vocab_size > teacher.config.vocab_size:
-        raise ValueError(f"the tokens of --data {run.data} are not those of the teacher {folder}: "
-                         "another tokenizer wrote them")
-    return teacher, tokenizer_json, token_data
+def load_text(run, vocab_size):
+    """(the teacher's tokenizer.json, --data in its tokens). Raises ValueError for others' tokens."""
+    tokenizer_json = (pathlib.Path(run.teacher) / "tokenizer.json").read_text(encoding="utf-8")
+    token_data = load_data(run.data, "bpe", vocab_size, tokenizer_json)
+    if token_data.tokenizer_json != tokenizer_json:
+        raise ValueError(f"the tokens of --data {run.data} are not those of the teacher "
+                         f"{run.teacher}: another tokenizer wrote them")
+    return tokenizer_json, token_data
 
 
 def calibration(run, token_data):
-    """Batches of the training text, other ones than distillation begins with."""
-    mine = dataclasses.replace(run.training(), seed=run.seed + 1, batch_size=min(8, run.samples))
-    batches = make_batches(mine, token_data)
-    return [batches.next()[0] for _ in range(-(-run.samples // mine.batch_size))]
+    """--samples rows of the training text, in batches, other ones than distillation begins with.
+    Raises ValueError if there are fewer.
+    """
+    batches = Batches(token_data.train, min(8, run.samples), run.seq_len, run.seed + 1)
+    if run.samples > batches.windows:
+        raise ValueError(f"--samples is {run.samples}, the training text has {batches.windows} "
+                         f"windows of {run.seq_len} tokens: fewer samples, or more text")
+    rows = torch.cat([batches.next()[0] for _ in range(-(-run.samples // batches.batch_size))])
+    return rows[:run.samples].split(8)
 
 
 def measure(run, model, token_data):
@@ -711,14 +759,14 @@ def compress(run, teacher, token_data):
     print(f"budget       {request.limit / GIB:.4f} GiB of the teacher's "
           f"{request.needs(config) / GIB:.4f}, {run.context} tokens x {run.batch}")
     if run.method == "minipuzzle":
-        proposals = [puzzle(run, teacher, few, scores, request)]
+        proposals = puzzle(run, teacher, few, scores, request)
     else:
         proposals = rank(run, teacher, few, scores, request, token_data)
     trial = dataclasses.replace(run.training(), recipe="bf16", phases="")
-    table = []
+    table = []                      # masters are fp32, whatever the teacher is stored in
     print(f"{'candidate':52s}{'params M':>9s}{'GiB':>8s}{'cut':>8s}{'trained':>9s}{'tok/s':>7s}")
     for keep in proposals:
-        student = prune(teacher, keep)
+        student = prune(teacher, keep).float()
         row = dict(config=dataclasses.asdict(student.config), layers=keep.layers,
                    params=student.config.n_params(), bytes=request.needs(student.config),
                    cut=measure(run, student, token_data),
@@ -742,8 +790,8 @@ def rank(run, teacher, batches, scores, request, token_data):
     """The Keeps of the best --candidates: of each depth and d_model the largest that fits, by their
     loss straight after the cut.
     """
-    config, kept = teacher.config, {}
-    found = search(config, request, grid_for("", config))
+    config, kept, grid = teacher.config, {}, grid_for(teacher.config)
+    found = search(config, request, grid, run.recipe != "bf16")
     largest = {}
     for needed, counts, one in found:
         largest.setdefault((tuple(counts.items()), one.d_model), (needed, counts, one))
@@ -760,24 +808,35 @@ def rank(run, teacher, batches, scores, request, token_data):
         student, limit = prune(teacher, keep), run.batch_size * run.seq_len
         loss = evaluate(student, token_data.validation, run.batch_size, run.seq_len, limit=limit)
         cut.append((loss, keep))
-    print(f"search       {len(found)} of {len(grid_for('', config))} candidates fit, "
-          f"{len(largest)} cut and evaluated")
+    print(f"search       {len(found)} of {len(grid)} candidates fit, {len(largest)} cut and "
+          "evaluated")
     cut.sort(key=lambda row: row[0])
     return [keep for _, keep in cut[:run.candidates]]
 
 
 def puzzle(run, teacher, batches, scores, request):
-    """MiniPuzzle's Keep: layers and MLP width by integer program, all other widths as they are."""
-    config = teacher.config
+    """MiniPuzzle's Keeps: for each MLP width the best layers by integer program, of these the
+    --candidates that should cost least; all other widths as they are.
+    """
+    config, found, refusal = teacher.config, [], None
     costs = layer_costs(teacher, batches, list(range(len(config.pattern))), "hidden")
     step = max(config.mlp_dim // 16, 16)
-    widths = {f: cut_cost(teacher, batches, scores, f)
-              for f in range(config.mlp_dim, config.mlp_dim // 4, -step)}
-    layers, width = minipuzzle(costs, widths, config, request)
-    print(f"minipuzzle   keeps {len(layers)} of {len(config.pattern)} layers and {width} of "
-          f"{config.mlp_dim} neurons")
-    return keep_best(scores, config, dataclasses.replace(
-        config, pattern="".join(config.pattern[i] for i in layers), mlp_dim=width), layers)
+    for width in range(config.mlp_dim, config.mlp_dim // 4, -step):
+        cost = cut_cost(teacher, batches, scores, width)
+        try:
+            layers, _ = minipuzzle(costs, {width: cost}, config, request)
+        except ValueError as error:
+            refusal = error                     # the narrowest fits most, so its word is the last
+            continue
+        cost += sum(costs[i] for i in costs if i not in layers)
+        one = dataclasses.replace(config, pattern="".join(config.pattern[i] for i in layers),
+                                  mlp_dim=width)
+        if run.recipe == "bf16" or takes_fp8(one):
+            found.append((cost, keep_best(scores, config, one, layers)))
+    if not found:
+        raise refusal or ValueError("no choice of MiniPuzzle's can be trained in FP8: --recipe bf16")
+    print(f"minipuzzle   {len(found)} MLP widths fit, each with its best layers")
+    return [keep for _, keep in sorted(found, key=lambda row: row[0])[:run.candidates]]
 
 
 @torch.no_grad()
@@ -802,17 +861,21 @@ def body(run):
     start, folder, training = time.perf_counter(), pathlib.Path(run.out), run.training()
     plan_file = folder / "compression.json"
     state = train_fp8.open_folder(training)
+    teacher, _ = load_run(run.teacher, device)
     settings = {k: v for k, v in dataclasses.asdict(run).items() if k not in NOT_SETTINGS}
+    settings["teacher"] = model_fingerprint(teacher)
     if state is not None:
         begun = read_json(plan_file)
-        if begun["settings"] != settings:
-            raise FileExistsError(f"{folder} holds a compression of other settings: choose another "
-                                  "--out, or --overwrite")
+        if begun.get("settings") != settings:
+            theirs = (begun.get("settings") or {}).get("teacher")
+            what = "another teacher" if theirs != settings["teacher"] else "other settings"
+            raise FileExistsError(f"{folder} holds a compression of {what}: choose another --out, "
+                                  "or --overwrite")
         if state["step"] == run.steps and train_fp8.finished_result(training):
             print(f"finished already: {folder} (--overwrite compresses anew)")
             return train_fp8.finished_result(training)
 
-    teacher, tokenizer_json, token_data = load_teacher(run, device)
+    tokenizer_json, token_data = load_text(run, teacher.config.vocab_size)
     phases = train_fp8.load_phases(training, token_data)
     teacher.requires_grad_(False)
     print(f"teacher      {run.teacher}: {teacher.config.pattern}, "
@@ -828,7 +891,7 @@ def body(run):
               + (f", {run.steps} without" if run.scratch else ""))
         before = measure(run, teacher, token_data)
         keep, table, chosen = compress(run, teacher, token_data)
-        student = prune(teacher, keep)
+        student = prune(teacher, keep).float()
         begun = dict(settings=settings, config=dataclasses.asdict(student.config),
                      layers=keep.layers, candidates=table, chosen=chosen, teacher_val_loss=before,
                      pruned_val_loss=table[chosen]["cut"])
@@ -846,7 +909,8 @@ def body(run):
         train_fp8.clear_folder(training)
         write_json(plan_file, begun)
     config = HybridConfig(**begun["config"])
-    step, rows = train_fp8.train(training, student, token_data, state, matmul, phases)
+    step, rows = train_fp8.train(training, student, token_data, state, matmul, phases,
+                                 run.eval_tokens)
     student_loss = measure(run, student, token_data) if step == run.steps else None
     student = gathered(student, config)
     if rank_ == 0:
@@ -859,15 +923,15 @@ def body(run):
     scratch_loss = from_scratch(run, config, teacher, token_data, device) if run.scratch else None
     if rank_:
         return {}
-    result = report(run, begun, teacher, student, student_loss, scratch_loss, rows)
+    result = report(run, begun, teacher, student.to(device), student_loss, scratch_loss, rows)
     result["wall_seconds"] = time.perf_counter() - start
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(dict(step=run.steps, final=result)) + "\n")
     return result
 
 
-NOT_SETTINGS = ("device", "out", "overwrite", "stop_after", "save_every", "list", "preset", "rows",
-                "ablate", "seeds", "merge", "alpha")
+NOT_SETTINGS = ("teacher", "device", "out", "overwrite", "stop_after", "save_every", "list",
+                "preset", "rows", "ablate", "seeds", "merge", "alpha")
 
 
 def pick_compute(run, state, teacher, token_data, training, device):
@@ -887,6 +951,7 @@ def from_scratch(run, config, teacher, token_data, device):
     """Loss of the same configuration trained from nothing, by cross-entropy, on the same tokens."""
     torch.manual_seed(run.seed)
     model = HybridLM(config, teacher.compute_dtype).to(device)
+    convert_to_fp8(model, run.recipe, verbose=False)
     training = dataclasses.replace(run.training(), phases="", lr=train_fp8.Run.lr)
     distill(None, model, training, token_data, progress="from scratch")
     return measure(run, model, token_data)
@@ -896,7 +961,7 @@ def report(run, begun, teacher, student, student_loss, scratch_loss, rows):
     """The tables, the plot, the last line's values."""
     request = request_for(run, teacher.config)
     before, pruned = begun["teacher_val_loss"], begun["pruned_val_loss"]
-    recovery = lambda loss: (pruned - loss) / (pruned - before) if pruned > before else 1.0
+    won_back = lambda loss: (pruned - loss) / (pruned - before) if pruned > before else None
     speed = {name: 1 / Measured(m.eval(), 1, min(run.context, 512)).decode
              for name, m in (("teacher", teacher), ("student", student))}
     sizes = {name: (m.config.n_params(), request.needs(m.config))
@@ -913,14 +978,16 @@ def report(run, begun, teacher, student, student_loss, scratch_loss, rows):
     seen.append((run.steps * run.batch_size * run.seq_len, student_loss))
     total = teacher_tokens(run)
     print(f"\n{'tokens':>10s}{'of the teacher':>16s}{'loss':>9s}{'recovered':>11s}")
+    percent = lambda share, missing: missing if share is None else f"{share:.1%}"
     for tokens, loss in seen:
-        share = f"{tokens / total:16.1%}" if total else f"{'unknown':>16s}"
-        print(f"{tokens:10,d}{share}{loss:9.4f}{recovery(loss):11.1%}")
+        share = percent(tokens / total if total else None, "unknown")
+        print(f"{tokens:10,d}{share:>16s}{loss:9.4f}{percent(won_back(loss), 'no loss'):>11s}")
     picture = pathlib.Path(run.out) / "recovery.png"
-    plot_recovery(seen, before, scratch_loss, picture)
+    title = percent(won_back(student_loss), "nothing")
+    plot_recovery(seen, before, scratch_loss, f"{title} of what the cut cost is won back", picture)
     print(f"plot         {picture}")
     return dict(teacher_val_loss=before, pruned_val_loss=pruned, student_val_loss=student_loss,
-                scratch_val_loss=scratch_loss, recovered=recovery(student_loss),
+                scratch_val_loss=scratch_loss, recovered=won_back(student_loss),
                 params_before=sizes["teacher"][0], params_after=sizes["student"][0],
                 memory_gib_before=sizes["teacher"][1] / GIB,
                 memory_gib_after=sizes["student"][1] / GIB,
@@ -934,7 +1001,7 @@ def teacher_tokens(run):
     return max((row.get("tokens", 0) for row in rows), default=0)
 
 
-def plot_recovery(seen, teacher, scratch, path):
+def plot_recovery(seen, teacher, scratch, title, path):
     """Loss over tokens of distillation, between the cut and the teacher."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -944,9 +1011,8 @@ def plot_recovery(seen, teacher, scratch, path):
     axis.axhline(teacher, color="#444444", linestyle="--", label="teacher")
     if scratch is not None:
         axis.plot(tokens[-1:], [scratch], "s", color="#c44e52", label="from scratch, same tokens")
-    back = (seen[0][1] - seen[-1][1]) / max(seen[0][1] - teacher, 1e-9)
     axis.set(xlabel="tokens of distillation [millions]", ylabel="validation loss [nats a token]",
-             title=f"{back:.0%} of what the cut cost is won back")
+             title=title)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
@@ -958,7 +1024,8 @@ def ablate(run, device):
     first; width against depth at equal size; and after --steps of KD, of cross-entropy, and from
     scratch. Mean and standard deviation.
     """
-    teacher, _, token_data = load_teacher(run, device)
+    teacher, _ = load_run(run.teacher, device)
+    _, token_data = load_text(run, teacher.config.vocab_size)
     teacher.requires_grad_(False)
     if device == "cpu":
         print(f"settings     {tune_cpu()}")
@@ -969,7 +1036,7 @@ def ablate(run, device):
     narrow = dataclasses.replace(config, d_model=even(config.d_model, 16),
                                  mlp_dim=even(config.mlp_dim, 16),
                                  mamba_heads=even(config.mamba_heads, config.n_groups))
-    shallow = {"M": have["M"] - 1, "*": have["*"], "-": have["-"] - 1}
+    shallow = {letter: have[letter] - (letter != "*" and have[letter] > 1) for letter in "M*-"}
     size = with_counts(config, shallow).n_params()
     thinner = (dataclasses.replace(config, d_model=d, mlp_dim=config.mlp_dim * d // config.d_model
                                    // 16 * 16) for d in range(config.d_model, 16, -8))
@@ -982,26 +1049,25 @@ def ablate(run, device):
         batches = calibration(mine, token_data)
         scores = importance(teacher, batches)
         generator = torch.Generator().manual_seed(seed)
-        orders = {"importance": scores, "worst first": scores.map(lambda m: -m),
-                  "random": scores.map(lambda m: torch.rand(m.shape, generator=generator))}
+        chance = scores.map(lambda m: torch.rand(m.shape, generator=generator).to(m.device))
         note = lambda name, model: rows[name].append(measure(mine, model, token_data))
-        for name, order in orders.items():
-            keep = keep_best(order, config, narrow, everything)
+        kept = {name: keep_best(order, config, narrow, everything, worst=name == "worst first")
+                for name, order in (("importance", scores), ("random", chance),
+                                    ("worst first", scores))}
+        for name, keep in kept.items():
             note(f"cut: {name}", prune(teacher, keep))
-            if name == "importance":
-                best_keep = keep
         layers, _ = choose_layers(teacher, batches[:2], shallow, run.layer_metric)
         deep = dataclasses.replace(config, pattern="".join(config.pattern[i] for i in layers))
-        for name, one, kept in (("depth", deep, layers), ("width", slim, everything)):
-            student = prune(teacher, keep_best(scores, config, one, kept))
+        for name, one, chosen in (("depth", deep, layers), ("width", slim, everything)):
+            student = prune(teacher, keep_best(scores, config, one, chosen)).float()
             note(f"cut: by {name} to {one.n_params() / 1e6:.2f} M", student)
             distill(teacher, student, mine.training(), token_data, run.trial_steps)
             note(f"then {run.trial_steps} steps: {name}", student)
         torch.manual_seed(seed)
         new = HybridLM(narrow, teacher.compute_dtype).to(device)
         for name, source, student, lr in (
-                ("KD", teacher, prune(teacher, best_keep), run.lr),
-                ("cross-entropy", None, prune(teacher, best_keep), run.lr),
+                ("KD", teacher, prune(teacher, kept["importance"]).float(), run.lr),
+                ("cross-entropy", None, prune(teacher, kept["importance"]).float(), run.lr),
                 ("from scratch", None, new, train_fp8.Run.lr)):
             training = dataclasses.replace(mine.training(), lr=lr)
             distill(source, student.requires_grad_(True), training, token_data, progress=name)
@@ -1024,10 +1090,16 @@ def merge_folders(run):
     folder = pathlib.Path(run.out)
     if (folder / "config.json").exists() and not run.overwrite:
         raise FileExistsError(f"{folder} holds a model: choose another --out, or --overwrite")
+    if (folder / "train_state.pt").exists():
+        raise FileExistsError(f"{folder} holds a training run, which a merge cannot continue: "
+                              "choose another --out")
     a, b = (load_run(name)[0] for name in run.merge)
+    words = [(pathlib.Path(name) / "tokenizer.json").read_text("utf-8") for name in run.merge]
+    if words[0] != words[1]:
+        raise ValueError(f"{run.merge[0]} and {run.merge[1]} have two tokenizers: their entries do "
+                         "not mean the same")
     save_hf(merge(a, b, run.alpha), folder)
-    tokenizer = pathlib.Path(run.merge[0]) / "tokenizer.json"
-    write_text(folder / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+    write_text(folder / "tokenizer.json", words[0])
     print(f"{1 - run.alpha:g} x {run.merge[0]} + {run.alpha:g} x {run.merge[1]}: {folder}")
     return dict(out=run.out, alpha=run.alpha)
 

@@ -1102,8 +1102,9 @@ def load_phases(run, token_data):
     return phases
 
 
-def train(run, model, token_data, state=None, matmul=None, phases=None):
+def train(run, model, token_data, state=None, matmul=None, phases=None, eval_tokens=None):
     """Train model as run says, from state if given. Returns (last step, rows of metrics.jsonl).
+    eval_tokens: of the validation text, at every eval_every; by default those of eight steps.
 
     Writes train_state.pt at the start, every save_every steps, on Ctrl-C and at the end, so that
     stopping loses nothing and N + N steps equal 2N bit for bit on a CPU. Raises ValueError, and
@@ -1148,7 +1149,7 @@ def train(run, model, token_data, state=None, matmul=None, phases=None):
             if step % run.eval_every == 0 and step < run.steps:
                 row["val_loss"] = evaluate(model, token_data.validation, run.batch_size,
                                            run.seq_len, separator if run.reset_documents else None,
-                                           limit=8 * tokens_a_step)
+                                           limit=eval_tokens or 8 * tokens_a_step)
             metrics.write(**row)
             bar.update()
             tqdm.write(log_line(row, run.steps, tokens_a_step), file=sys.stdout)

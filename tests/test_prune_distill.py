@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from conftest import ROOT, assert_close
 import prune_distill
 import train_fp8
 from infer import GIB, load_run, plan
-from model import HybridConfig, HybridLM, load_hf
+from model import HybridConfig, HybridLM, load_hf, save_hf
 from prune_distill import (Request, Run, best, best_in_groups, choose_layers, grid_for,
                            importance, kd_loss, keep_best, layer_costs, merge, minipuzzle, prune,
                            search, teach, with_counts, without)
@@ -200,6 +202,22 @@ def test_widths_that_differ_or_do_not_divide_are_named():
         prune(model, keep)
 
 
+def test_worst_first_is_the_opposite_choice():
+    """On every axis: what the best half leaves is what the worst half keeps."""
+    model = random_model()
+    scores, half = importance(model, [TOKENS]), shrunk(d_model=20, mlp_dim=24, mamba_heads=4,
+                                                       mamba_head_dim=3)
+    good, bad = (keep_best(scores, CONFIG, half, everything(model), worst) for worst in (0, 1))
+    assert not set(good.channels.tolist()) & set(bad.channels.tolist())
+    for name in ("neurons", "mamba_channels"):
+        for i, kept in getattr(good, name).items():
+            assert not set(kept.tolist()) & set(getattr(bad, name)[i].tolist()), name
+    for i, channels in bad.mamba_channels.items():
+        score = scores.mamba[i][:, channels].norm(dim=1).view(2, 4)
+        lowest = {int(h) + 4 * g for g in range(2) for h in score[g].argsort()[:2]}
+        assert set(bad.mamba_heads[i].tolist()) == lowest
+
+
 # ------------------------------------------------------------------------------------------------
 # Layers
 
@@ -248,7 +266,7 @@ def test_the_papers_candidates_are_feasible_and_depth_alone_is_not():
     """Nano 2, section 4: three candidates of 8.92, 8.89 and 8.97 B at 19.66 GiB and 128k tokens."""
     config = HybridConfig.preset("nemotron-nano-12b-v2")
     run = Run(memory_gib=19.66, context=131072)
-    request, grid = prune_distill.request_for(run, config), grid_for("nemotron-nano-12b-v2", config)
+    request, grid = prune_distill.request_for(run, config), grid_for(config)
     found = {(len(c.pattern), c.pattern.count("M"), c.pattern.count("*"), c.d_model, c.mlp_dim,
               c.mamba_heads): c for _, _, c in search(config, request, grid)}
     for d, f, heads, params in ((4480, 17920, 112, 8.92), (4480, 15680, 128, 8.89),
@@ -266,11 +284,56 @@ def test_the_47b_is_feasible_for_its_budget():
     config = HybridConfig.preset("nemotron-h-56b")
     run = Run(memory_gib=31.7, context=1_000_000, weight_bits=4, kv_bits=8)
     request = prune_distill.request_for(run, config)
-    found = search(config, request, grid_for("nemotron-h-56b", config))
+    found = search(config, request, grid_for(config))
     assert 350 < len(found) < 450
     released = HybridConfig.preset("nemotron-h-47b")
     assert any(c.n_params() == released.n_params() and c.mlp_dim == 30720
                and counts == {"M": 45, "*": 5, "-": 48} for _, counts, c in found)
+
+
+@pytest.mark.parametrize("bits, batch", [(16, 1), (16, 64), (8, 1), (8, 16)])
+def test_what_the_search_accepts_the_plan_accepts(bits, batch):
+    """The search counts the teacher's temporaries once: never less than the plan of a candidate,
+    and little more.
+    """
+    config = HybridConfig.preset("toy")
+    request = prune_distill.request_for(Run(context=512, batch=batch, weight_bits=bits), config)
+    for counts, d, f, heads in list(grid_for(config))[::37]:
+        one = with_counts(config, counts, d_model=d, mlp_dim=f, mamba_heads=heads)
+        judged = plan(one, 512, batch, int8=bits == 8, prefill_chunk=16)["total_bytes"]
+        assert judged <= request.needs(one) <= 1.2 * judged
+
+
+def test_a_parent_of_the_paper_gets_the_papers_grid():
+    """Whatever its vocabulary and separator are; attention is one of the axes there."""
+    nano = HybridConfig.preset("nemotron-nano-12b-v2", bos_token_id=1, vocab_size=131088)
+    assert all(counts["*"] == 4 for counts in grid_for(nano).depths[:-1])
+    assert 15680 in grid_for(nano).mlp_dim and 4480 in grid_for(nano).d_model
+    toy = grid_for(HybridConfig.preset("toy"))
+    assert toy.depths[0] == {"M": 4, "*": 1, "-": 4} and toy.d_model[:2] == (256, 240)
+    for pattern in ("*-*-", "M*M", "-"):        # a kind that is not there stays away
+        assert all(c.pattern for _, _, c in search(shrunk(pattern=pattern), Request(10 ** 9, 9),
+                                                   grid_for(shrunk(pattern=pattern))))
+
+
+def test_takes_fp8_is_what_the_conversion_accepts():
+    refused = 0
+    for pattern, d, f, heads in itertools.product(("M-M*-M-", "M-*", "*-*-*-"), (32, 40), (48, 56),
+                                                  (16, 12)):
+        one = HybridConfig(pattern=pattern, vocab_size=32, d_model=d, mlp_dim=f, n_heads=2,
+                           n_kv_heads=2, head_dim=16, mamba_heads=heads, mamba_head_dim=8,
+                           n_groups=2, d_state=8)
+        with torch.device("meta"):
+            model = HybridLM(one)
+        try:
+            train_fp8.convert_to_fp8(model, "nano2", "emulated", verbose=False)
+            converted = True
+        except ValueError:
+            converted, refused = False, refused + 1
+        assert prune_distill.takes_fp8(one) == converted, one
+    assert 0 < refused < 24
+    with pytest.raises(ValueError, match="can be trained in FP8"):
+        search(CONFIG, Request(10 ** 9, 9), grid_for(CONFIG), fp8=True)
 
 
 def test_search_lists_exactly_what_fits_largest_first():
@@ -306,8 +369,13 @@ def test_minipuzzle_is_the_best_of_all_choices():
         layers, width = minipuzzle(costs, width_costs, config, request)
         got = sum(costs[i] for i in range(5) if i not in layers) + width_costs[width]
         assert got == pytest.approx(min(options)[0])
-    with pytest.raises(ValueError, match="no choice of layers and MLP width fits"):
+    with pytest.raises(ValueError, match="no choice of layers and MLP width fits .* of one layer"):
         minipuzzle(costs, width_costs, config, Request(1000, 64))
+    with pytest.raises(ValueError, match="M\\*M has none"):
+        minipuzzle({0: 1.0}, width_costs, shrunk(pattern="M*M"), Request(1000, 64))
+    free = {i: -1.0 for i in range(5)}          # removing pays: one layer stays all the same
+    layers, _ = minipuzzle(free, width_costs, config, Request(full, 64))
+    assert len(layers) == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -343,9 +411,12 @@ def test_a_taught_student_trains_on_the_kl_and_is_evaluated_on_the_text():
     assert float(loss.detach()) == pytest.approx(float(truth.detach()), rel=1e-9)
     with torch.no_grad():
         assert float(student.loss(TOKENS, labels)) == pytest.approx(own, rel=1e-12)
+    gone = weakref.ref(student)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None for p in student.parameters())
+    del student, loss
+    assert gone() is None           # at once: a tried candidate of 9 B must not linger
 
 
 def test_the_kd_loss_holds_no_logits():
@@ -439,14 +510,60 @@ def test_a_compression_leaves_a_smaller_model_that_transformers_opens(compressed
     assert (compressed / "tokenizer.json").read_text() == (teacher / "tokenizer.json").read_text()
 
 
-def test_two_halves_equal_the_whole(compressed, text, teacher, tmp_path):
-    for n in ("3", "5"):
-        prune_distill.main(flags(text, teacher, tmp_path / "out", "--stop-after", n))
+def test_two_halves_equal_the_whole(compressed, text, teacher, tmp_path, fails):
+    prune_distill.main(flags(text, teacher, tmp_path / "out", "--stop-after", "3"))
+    another = tmp_path / "another"
+    shutil.copytree(teacher, another)
+    model = load_hf(another)
+    model.lm_head.weight.data[0] += 1
+    save_hf(model, another)
+    assert "another teacher" in fails(prune_distill.main, flags(text, another, tmp_path / "out"))
+    prune_distill.main(flags(text, teacher, tmp_path / "out"))
     for (name, p), q in zip(load_hf(compressed).named_parameters(),
                             load_hf(tmp_path / "out").parameters()):
         assert torch.equal(p, q), name
     a, b = final(compressed), final(tmp_path / "out")
     assert all(a[k] == b[k] for k in a if k.endswith("loss"))
+
+
+def test_a_teacher_in_bf16_has_a_student_with_fp32_masters(text, teacher, tmp_path):
+    """As a released checkpoint is stored; and stopping changes nothing there either."""
+    short, half = tmp_path / "bf16", tmp_path / "half"
+    shutil.copytree(teacher, short)
+    save_hf(load_hf(short, dtype=torch.bfloat16), short)
+    for out, more in ((tmp_path / "whole", []), (half, ["--stop-after", "2"]), (half, [])):
+        prune_distill.main(flags(text, short, out, "--steps", "4", "--no-scratch", *more))
+    for (name, p), q in zip(load_hf(tmp_path / "whole").named_parameters(),
+                            load_hf(half).parameters()):
+        assert p.dtype == torch.float32 and torch.equal(p, q), name
+
+
+def test_every_row_of_the_recovery_is_of_the_same_text(text, teacher, tmp_path, capsys):
+    """With next to no learning rate the loss on the way is the loss of the cut."""
+    prune_distill.main(flags(text, teacher, tmp_path / "out", "--lr", "1e-12", "--no-scratch"))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert len(losses) == 2
+    assert losses == pytest.approx([rows[-1]["final"]["pruned_val_loss"]] * 2, rel=1e-5)
+
+
+def test_where_the_cut_costs_nothing_nothing_is_won_back(text, teacher, tmp_path, capsys,
+                                                         monkeypatch):
+    monkeypatch.setattr(prune_distill, "grid_for", lambda config: prune_distill.Grid(
+        ({"M": 2, "*": 1, "-": 2},), (256,), (1024,), (16,)))
+    prune_distill.main(flags(text, teacher, tmp_path / "out", "--keep", "1", "--candidates", "1",
+                             "--steps", "1", "--no-scratch"))
+    result = final(tmp_path / "out")
+    assert result["params_after"] == result["params_before"] and result["recovered"] is None
+    assert "no loss" in capsys.readouterr().out
+
+
+def test_calibration_has_as_many_rows_as_asked(text, teacher):
+    run = Run(data=str(text), teacher=str(teacher), samples=11, seq_len=16)
+    _, token_data = prune_distill.load_text(run, 272)
+    batches = prune_distill.calibration(run, token_data)
+    assert [len(rows) for rows in batches] == [8, 3]
+    assert len(torch.cat(batches).unique(dim=0)) == 11
 
 
 def test_a_finished_compression_says_so_and_another_is_refused(compressed, text, teacher, capsys,
@@ -471,24 +588,40 @@ def test_other_ways_run(text, teacher, tmp_path, more):
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--memory-gib", "0.0001"], "nothing fits 0.000 GiB: the smallest of"),
+    (["--memory-gib", "0.0001"], "nothing fits 0.0001 GiB: the smallest of"),
     (["--teacher", "/nowhere"], "has no config.json"), (["--keep", "2"], "--keep is 2.0"),
     (["--method", "magic"], "must be one of minitron, minipuzzle"),
     (["--weight-bits", "5"], "--weight-bits is 5"), (["--steps", "0"], "--steps is 0"),
     (["--seq-len", "100000"], "do not fill two windows"),
-    (["--list", "--preset", "huge"], "preset 'huge' is not one of")])
+    (["--list", "--preset", "huge"], "preset 'huge' is not one of"),
+    (["--memory-gib", "inf"], "must be positive and finite"),
+    (["--memory-gib", "1e-12"], "nothing fits 0 GiB"),
+    (["--recipe", "int3"], "--recipe is 'int3'"), (["--samples", "5000"], "--samples is 5000"),
+    (["--method", "minipuzzle", "--keep", "0.01"], "no choice of layers and MLP width fits"),
+    (["--out", "out/base", "--teacher", "out/base/"], "would take its teacher's place")])
 def test_bad_flags_are_one_line_and_write_nothing(fails, text, teacher, tmp_path, more, words):
     assert words in fails(prune_distill.main, flags(text, teacher, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
 
 def test_folders_are_merged_and_not_written_over(compressed, tmp_path, fails, capsys):
-    argv = ["--merge", str(compressed), str(compressed), "--out", str(tmp_path / "merged")]
-    prune_distill.main(argv)
+    other = tmp_path / "other"
+    shutil.copytree(compressed, other)
+    model = load_hf(other)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    save_hf(model, other)
+    argv = ["--merge", str(compressed), str(other), "--alpha", "0.25", "--out"]
+    prune_distill.main([*argv, str(tmp_path / "merged")])
     for p, q in zip(load_hf(compressed).parameters(), load_hf(tmp_path / "merged").parameters()):
-        assert torch.allclose(p, q)
+        assert torch.allclose(p + 0.25, q, atol=1e-6)
     capsys.readouterr()
-    assert "holds a model" in fails(prune_distill.main, argv)
+    assert "holds a model" in fails(prune_distill.main, [*argv, str(tmp_path / "merged")])
+    assert "holds a training run" in fails(prune_distill.main, [*argv, str(other), "--overwrite"])
+    words = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(words | {"version": "1.1"}))
+    assert "two tokenizers" in fails(prune_distill.main, [*argv, str(tmp_path / "new")])
 
 
 def test_the_list_needs_no_weights(capsys):
