@@ -1015,9 +1015,13 @@ class StopAfterStep(StopRequest):
 # The loop
 
 
+class NotFinite(ValueError):
+    """The loss or the gradient of a step is infinite or NaN; nothing was updated."""
+
+
 def train_step(model, optimizer, batches, run, lr, device):
     """One optimizer step: accumulate, clip, update. Returns the mean loss and the gradient norm, as
-    floats.
+    floats. Raises NotFinite.
     """
     total = 0.0
     for _ in range(run.grad_accum):
@@ -1031,9 +1035,9 @@ def train_step(model, optimizer, batches, run, lr, device):
     if isinstance(gnorm, DTensor):
         gnorm = gnorm.full_tensor()
     if not math.isfinite(total) or not math.isfinite(gnorm):
-        raise ValueError(f"the loss is {float(total):g} and the gradient norm {float(gnorm):g}: "
-                         f"start anew with --overwrite and a lower --lr (it was {run.lr:g}); the "
-                         "last checkpoint is from before")
+        raise NotFinite(f"the loss is {float(total):g} and the gradient norm {float(gnorm):g}: "
+                        f"start anew with --overwrite and a lower --lr (it was {run.lr:g}); the "
+                        "last checkpoint is from before")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
