@@ -720,10 +720,10 @@ def compare_order(table):
     return lines
 
 
-def chosen_pair(sweep, seed):
-    """(diverging cell, converging cell) of a seed to look at: of the first method that has one, the
-    lowest of --lr that diverged, and at the same rate a method that converged; without such, the
-    method itself at its edge. None if nothing diverged.
+def comparisons(sweep, seed):
+    """A diverging cell of a seed beside converging ones, [(words, bad, good)]: of the first method
+    that has any, the lowest of --lr that diverged; beside it a method that converged at that rate,
+    then the method itself at its edge and at the lowest rate. Empty if nothing diverged.
     """
     run = sweep.run
     for method in run.methods:
@@ -731,12 +731,16 @@ def chosen_pair(sweep, seed):
         high = next((lr for lr in run.lr if verdicts.get(lr)), None)
         if high is None:
             continue
-        others = [sweep.cells.get((m, high, seed)) for m in ("qk_norm", "qkv_norm", *run.methods)]
-        others += [sweep.cells.get((method, edge(verdicts)[0], seed))]
-        good = next((cell for cell in others if cell and not cell["diverged"]), None)
-        if good:
-            return sweep.cells[method, high, seed], good
-    return None
+        bad, found = sweep.cells[method, high, seed], []
+        same_rate = [(m, high) for m in ("qk_norm", "qkv_norm", *run.methods)]
+        for keys in (same_rate, [(method, edge(verdicts)[0])], [(method, run.lr[0])]):
+            cells = (sweep.cells.get((m, lr, seed)) for m, lr in keys)
+            good = next((c for c in cells if c and not c["diverged"]), None)
+            if good and all(good is not other for _, _, other in found):
+                found.append((f"{good['method']} at {good['lr']:g}", bad, good))
+        if found:
+            return found
+    return []
 
 
 def growth(bad, good):
@@ -755,28 +759,31 @@ def growth(bad, good):
     return ratios, last["step"], over
 
 
-def print_growth(pairs):
-    """The first pair's ratios; of every pair the step from which each output is twice as large."""
-    name = lambda c: f"{c['method']} at {c['lr']:g}"
-    bad, good = pairs[0]
-    ratios, step, over = growth(bad, good)
-    print(f"\nnorms of {name(bad)} (diverges at step {bad['diverged']}) over those of {name(good)} "
-          f"(converges), at step {step}")
-    print(f"{'':10s}{'weight':>9s}{'input':>9s}{'output':>9s}{'gradient':>10s}")
-    for kind, row in ratios.items():
-        print(f"{kind:10s}" + "".join(f"{row[what]:9.2f}" for what in ("weight", "input", "output"))
-              + f"{row['grad']:10.2f}")
-    logits = [next((row.get("logit") for row in c["norms"] if row["step"] == step), None)
-              for c in (bad, good)]
-    if None not in logits:
-        print(f"largest attention logit {logits[0]:.1f}, against {logits[1]:.1f}")
-    print("output over twice as large from step")
-    for bad, good in pairs:
-        each = growth(bad, good)[2].items()
-        print(f"  seed {bad['seed']}, {name(bad)} over {name(good)}: " + ", ".join(
-            f"{kind} {step or 'never'}" for kind, step in
-            sorted(each, key=lambda row: row[1] or math.inf)))
-    return ratios, over
+def print_growth(sweep, found):
+    """Of the first seed's diverging run, norms over those of each converging run beside it; of every
+    seed the steps from which outputs are twice as large. Returns {words: {linear: {what: ratio}}}.
+    """
+    bad, each = found[0][1], {words: growth(bad, good) for words, bad, good in found}
+    step = next(iter(each.values()))[1]
+    print(f"\nnorms of {bad['method']} at {bad['lr']:g}, which diverges at step {bad['diverged']}, "
+          f"at step {step}, over those of runs that converge")
+    print(f"{'':12s}" + "".join(f"{words:>32s}" for words in each))
+    print(f"{'':12s}" + f"{'weight':>8s}{'input':>8s}{'output':>8s}{'grad':>8s}" * len(each))
+    for kind in each[found[0][0]][0]:
+        print(f"{kind:12s}" + "".join(f"{ratios[kind][what]:8.2f}" for ratios, _, _ in each.values()
+                                      for what in ("weight", "input", "output", "grad")))
+    logits = [[row["logit"] for row in c["norms"] if row["step"] == step and "logit" in row]
+              for c in (bad, *(good for _, _, good in found))]
+    if all(logits):
+        print(f"largest attention logit {logits[0][0]:.1f}; " + ", ".join(
+            f"{words} {z[0]:.1f}" for (words, _, _), z in zip(found, logits[1:])))
+    print("output over twice that of the converging run from step")
+    for seed in range(sweep.run.seed, sweep.run.seed + sweep.run.seeds):
+        for words, bad, good in comparisons(sweep, seed):
+            steps = sorted(growth(bad, good)[2].items(), key=lambda row: row[1] or math.inf)
+            print(f"  seed {seed}, {bad['method']} at {bad['lr']:g} over {words}: "
+                  + ", ".join(f"{kind} {step or 'never'}" for kind, step in steps))
+    return {words: ratios for words, (ratios, _, _) in each.items()}
 
 
 def plot_heat(sweep, table, path):
@@ -805,42 +812,48 @@ def plot_heat(sweep, table, path):
         if middle is not None and len(rates) > 1:
             place = np.interp(math.log(middle), [math.log(lr) for lr in rates], range(len(rates)))
             axis.plot([place, place], [i - 0.42, i + 0.42], color="#c44e52", linewidth=3)
+    edges = {m: e for m, row in table.items() if (e := log_mean(row["edges"])[0])}
+    best, worst = (f(edges, key=edges.get, default=None) for f in (max, min))
     axis.set_facecolor("#dddddd")
     image = axis.imshow(values, aspect="auto", cmap="viridis_r", alpha=0.75)
     figure.colorbar(image, ax=axis, label="loss at the end [nats a token]")
     axis.set(xticks=range(len(rates)), xticklabels=[f"{lr:g}" for lr in rates],
              yticks=range(len(run.methods)), yticklabels=run.methods, xlabel="learning rate",
-             title="Loss by method and rate; red bar: the edge, grey: diverged or not tried")
+             title=f"The highest rate that converges (red): {best} {edges[best]:.2g}, {worst} "
+                   f"{edges[worst]:.2g}" if edges else "Loss by method and rate")
     figure.savefig(path, dpi=120)
 
 
-def plot_curves(bad, good, path):
-    """Above: validation losses of the pair; below: output norms of each linear, and the largest
-    logit.
+def plot_curves(found, path):
+    """Above: validation losses of a diverging run and of those beside it; below: output norms of
+    each linear, and the largest logit.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+    bad = found[0][1]
+    runs = [(bad, "#c44e52")] + [(good, color) for (_, _, good), color
+                                 in zip(found, ("#4c72b0", "#dd8452", "#55a868"))]
     kinds = [k for k in bad["norms"][0] if k != "step"]
     figure = Figure(figsize=(10, 6.2), layout="constrained")
-    grid = figure.add_gridspec(3, 3, height_ratios=[1.2, 1, 1])
+    grid = figure.add_gridspec(3, 3, height_ratios=[1.3, 1, 1])
     above = figure.add_subplot(grid[0, :])
-    pair = ((bad, "#c44e52", "diverges"), (good, "#4c72b0", "converges"))
-    for cell, color, word in pair:
+    for cell, color in runs:
         above.plot(*zip(*cell["evals"]), color=color,
-                   label=f"{cell['method']}, rate {cell['lr']:g}: {word}")
+                   label=f"{cell['method']}, rate {cell['lr']:g}" + ": diverges" * (cell is bad))
     above.set(ylabel="validation loss\n[nats a token]", xlabel="step",
-              title=f"{bad['method']} at {bad['lr']:g} loses what it has learned: "
-                    "the outputs of its linears grow")
-    above.legend()
+              title=f"{bad['method']} at {bad['lr']:g} loses what it has learned")
+    above.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     above.grid(alpha=0.3)
-    for place, kind in enumerate(kinds[:6]):
+    for place, kind in enumerate(kinds[-6:]):
         axis = figure.add_subplot(grid[1 + place // 3, place % 3])
-        for cell, color, _ in pair:
-            value = lambda row: row[kind] if kind == "logit" else row[kind]["output"]
+        value = lambda row: row[kind] if kind == "logit" else row[kind]["output"]
+        for cell, color in runs:
             axis.plot([row["step"] for row in cell["norms"]], [value(row) for row in cell["norms"]],
                       color=color)
-        axis.set(yscale="log", title="largest attention logit" if kind == "logit"
-                 else f"output of {kind}, L2")
-        axis.title.set_fontsize(9)
+        axis.set(yscale="log", xlabel="step")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_title("largest attention logit" if kind == "logit" else f"output of {kind}, L2",
+                       fontsize=9)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -857,13 +870,12 @@ def report(sweep, path):
     print(f"probe        {probed - step:+.1f} ms in one of {run.probe_every} steps of {step:.1f} ms: "
           f"{share:.1%} of the time")
     seeds, result = range(run.seed, run.seed + run.seeds), {}
-    pairs = [pair for seed in seeds if (pair := chosen_pair(sweep, seed))]
-    if pairs:
-        ratios, over = print_growth(pairs)
-        result = dict(growth={k: row["output"] for k, row in ratios.items()}, over_2x=over)
-        plot_curves(*pairs[0], path / "norms.png")
+    found = next(filter(None, (comparisons(sweep, seed) for seed in seeds)), [])
+    if found:
+        result = dict(growth=print_growth(sweep, found))
+        plot_curves(found, path / "norms.png")
     plot_heat(sweep, table, path / "sweep.png")
-    print(f"plots        {path / 'sweep.png'}" + (f", {path / 'norms.png'}" if pairs else ""))
+    print(f"plots        {path / 'sweep.png'}" + (f", {path / 'norms.png'}" if found else ""))
     losses = {}
     for method in run.methods:
         rates = sorted({lr for s in seeds for lr in sweep.verdicts(method, s)})
