@@ -472,7 +472,8 @@ def run_cell(run, config, method, lr, seed, token_data, device, dtype):
         diverged, loss = run.steps, None
     middle = lambda seconds: 1e3 * sorted(seconds)[len(seconds) // 2] if seconds else None
     return dict(method=method, lr=lr, seed=seed, diverged=diverged,
-                loss=loss, losses=losses, evals=evals, norms=norms, ms=middle(took[False]), probe_ms=middle(took[True]))
+                loss=loss, losses=losses, evals=evals, norms=norms, ms=middle(took[False]),
+                probe_ms=middle(took[True]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -760,8 +761,9 @@ def growth(bad, good):
 
 
 def print_growth(sweep, found):
-    """Of the first seed's diverging run, norms over those of each converging run beside it; of every
-    seed the steps from which outputs are twice as large. Returns {words: {linear: {what: ratio}}}.
+    """Of the first seed's diverging run, norms over those of each converging run beside it; of
+    every seed the steps from which outputs are twice as large. Returns {words: {linear: {what:
+    ratio}}}.
     """
     bad, each = found[0][1], {words: growth(bad, good) for words, bad, good in found}
     step = next(iter(each.values()))[1]
@@ -867,8 +869,8 @@ def report(sweep, path):
     cells = [c for c in sweep.cells.values() if c["ms"] and c["probe_ms"]]
     step, probed = (mean_and_deviation([c[k] for c in cells])[0] for k in ("ms", "probe_ms"))
     share = (probed / step - 1) / run.probe_every
-    print(f"probe        {probed - step:+.1f} ms in one of {run.probe_every} steps of {step:.1f} ms: "
-          f"{share:.1%} of the time")
+    print(f"probe        {probed - step:+.1f} ms in one of {run.probe_every} steps of {step:.1f} "
+          f"ms: {share:.1%} of the time")
     seeds, result = range(run.seed, run.seed + run.seeds), {}
     found = next(filter(None, (comparisons(sweep, seed) for seed in seeds)), [])
     if found:
@@ -1054,7 +1056,8 @@ def body(run):
     workers = min(run.workers or count, max(sweep.most(), 1))
     sweep.run = dataclasses.replace(run, workers=workers)
     announce(run, config, sweep.most())
-    print(f"processes    {workers} on {device}, {str(dtype)[6:]}; {len(sweep.cells)} cells are done")
+    print(f"processes    {workers} on {device}, {str(dtype)[6:]}; {len(sweep.cells)} cells are "
+          "done")
     sweep.begin()
     if sweep.most():
         sweep_cells(sweep, config, text, device, dtype)

@@ -17,6 +17,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_there_are_notebooks():
     names = {path.name for path in NOTEBOOKS}
     assert {"01_ssm.ipynb", "02_model.ipynb", "03_train_fp8.ipynb", "04_prune_distill.ipynb",
+            "05_stability.ipynb",
             "06_infer.ipynb"} <= names
 
 

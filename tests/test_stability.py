@@ -509,8 +509,8 @@ def test_growth_is_the_ratio_at_the_last_common_step():
 
 
 def test_a_diverging_run_is_put_beside_the_right_ones(tmp_path):
-    """The method's lowest of --lr that diverged, beside qk_norm at that rate, itself at its edge and
-    at the lowest rate; not beside what diverged.
+    """The method's lowest of --lr that diverged, beside qk_norm at that rate, itself at its edge
+    and at the lowest rate; not beside what diverged.
     """
     sweep = Sweep(Run(methods=["baseline", "qkv_norm", "qk_norm"], lr=[0.01, 0.1, 0.2, 0.4],
                       out=str(tmp_path)), {})
