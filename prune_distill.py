@@ -534,8 +534,8 @@ def search(config, request, grid, fp8=False):
         if needed <= request.limit:
             found.append((needed, counts, one))
     if smallest is None:
-        raise ValueError(f"none of {len(grid)} candidates can be trained in FP8, which wants widths "
-                         "that 16 divides and more than 8 linears: --recipe bf16")
+        raise ValueError(f"none of {len(grid)} candidates can be trained in FP8, which wants "
+                         "widths that 16 divides and more than 8 linears: --recipe bf16")
     if not found:
         raise ValueError(f"nothing fits {request.limit / GIB:.4g} GiB: the smallest of "
                          f"{len(grid)} candidates, {describe(smallest[1])}, needs "
@@ -720,7 +720,7 @@ class Run:
 
 
 def load_text(run, vocab_size):
-    """(the teacher's tokenizer.json, --data in its tokens). Raises ValueError for others' tokens."""
+    """(the teacher's tokenizer.json, --data in its tokens). Raises ValueError for others'."""
     tokenizer_json = (pathlib.Path(run.teacher) / "tokenizer.json").read_text(encoding="utf-8")
     token_data = load_data(run.data, "bpe", vocab_size, tokenizer_json)
     if token_data.tokenizer_json != tokenizer_json:
@@ -834,7 +834,8 @@ def puzzle(run, teacher, batches, scores, request):
         if run.recipe == "bf16" or takes_fp8(one):
             found.append((cost, keep_best(scores, config, one, layers)))
     if not found:
-        raise refusal or ValueError("no choice of MiniPuzzle's can be trained in FP8: --recipe bf16")
+        raise refusal or ValueError("no choice of MiniPuzzle's can be trained in FP8: --recipe "
+                                    "bf16")
     print(f"minipuzzle   {len(found)} MLP widths fit, each with its best layers")
     return [keep for _, keep in sorted(found, key=lambda row: row[0])[:run.candidates]]
 

@@ -19,8 +19,8 @@ SHORTER = {         # added to a command of this script, so that it takes second
     "prune_distill.py": ["--data", "my_texts", "--steps", "2", "--trial-steps", "1", "--samples",
                          "4", "--batch-size", "2", "--seq-len", "32", "--eval-tokens", "256",
                          "--device", "cpu"],
-    "stability.py": ["--data", "my_texts", "--tokenizer", "bytes", "--steps", "3", "--seq-len", "16",
-                     "--lr", "0.01", "--methods", "baseline", "qkv_norm", "--seeds", "1",
+    "stability.py": ["--data", "my_texts", "--tokenizer", "bytes", "--steps", "3", "--seq-len",
+                     "16", "--lr", "0.01", "--methods", "baseline", "qkv_norm", "--seeds", "1",
                      "--device", "cpu"],
     "infer.py": ["--tokens", "5", "--device", "cpu"],
 }
