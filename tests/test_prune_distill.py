@@ -540,7 +540,8 @@ def test_a_teacher_in_bf16_has_a_student_with_fp32_masters(text, teacher, tmp_pa
 
 def test_every_row_of_the_recovery_is_of_the_same_text(text, teacher, tmp_path, capsys):
     """With next to no learning rate the loss on the way is the loss of the cut."""
-    prune_distill.main(flags(text, teacher, tmp_path / "out", "--lr", "1e-12", "--no-scratch"))
+    prune_distill.main(flags(text, teacher, tmp_path / "out", "--lr", "1e-12", "--no-scratch",
+                             "--eval-tokens", "100"))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert len(losses) == 2
