@@ -1,9 +1,10 @@
 """Training stability: where one normalises decides how high a learning rate survives.
 
-Too high a rate and the loss, after falling for a while, climbs back to what the frequencies of
-tokens alone would give. Rybakov et al. (arXiv 2410.16682) force that on an 830M transformer and see
-the outputs of its linear layers grow from step to step: of QKV, Proj and FC2 most. Their remedies,
-each a change from outside to the model of model.py, with z = q k^T / sqrt(head_dim):
+Too high a rate and the loss, after falling for a while, climbs again, at worst to what the
+frequencies of tokens alone would give. Rybakov et al. (arXiv 2410.16682) force that on an 830M
+transformer and see the outputs of its linear layers grow from step to step: of QKV, Proj and FC2
+most. Their remedies, each a change from outside to the model of model.py, with
+z = q k^T / sqrt(head_dim):
 
     baseline        pre-norm alone
     soft_temp       softmax(z / 2)
@@ -33,7 +34,8 @@ RMSNorm for all that is added. The pre-norms stay the model's own RMSNorm.
 Diverged, in words: the loss is not finite; or the validation loss, every --eval-every steps, has
 been above 1.05 times its own best for three times running (`divergence`), and the run is stopped
 there; or at its end it is no better than the frequencies of tokens alone (`unigram_loss`): what was
-learned is gone, or never came. A spike that comes back in time is no divergence.
+learned is gone, or never came. A spike that comes back in time is no divergence. Near an edge such
+a rule splits hairs, so the report gives every ratio by two other rules as well (`RULES`).
 
 What pushes the toy over the edge. A step of AdamW moves a matrix the further, as an operator, the
 wider it is: the paper's width of 1024 breaks at rates ten times lower than the toy's 128, so orders
@@ -50,7 +52,8 @@ cells.jsonl, and the same command goes on where it stopped.
     weight      its L2 norm (Frobenius)
     input, output       root mean square over tokens of the L2 norm of a token's vector
     grad        L2 norm of the gradient with respect to the linear's input
-and the largest attention logit z, before any capping.
+and the largest attention logit z, before any capping. With --grad-accum they are of the last pass
+of a step, whose loss is divided by the number of passes, and so is grad.
 
 Glossary: as in model.py. QKV, Proj: q, k, v and o_proj; FC1, FC2: up_proj, down_proj; cell: one
 run, of a method, a rate and a seed; edge: the highest rate that converged.
@@ -58,7 +61,7 @@ run, of a method, a rate and a seed; edge: the highest rate that converged.
 Left out: the paper's 0.2 T token runs for perplexity; its tokenizer (any of 256k entries will do).
 
     python stability.py                             four methods, one seed: 4 min on 2 cores
-    python stability.py --preset toy-full           the table, three seeds: 30 min
+    python stability.py --preset toy-full --out out/stability-full          the table: 35 min
     python stability.py --preset toy-full-hybrid --out out/stability-hybrid     as large: 45 min
     python stability.py --preset stability-830m --list      the paper's, what it would cost
 """
@@ -106,8 +109,9 @@ def attend_written_out(q, k, v, pos, mask, cap=None, stretch=None):
     """
     b, heads, t, head_dim = q.shape
     g, s = k.shape[1:3]
-    z = q.reshape(b, g, -1, head_dim) @ k.transpose(-1, -2)                 # (b, g, heads/g t, s)
-    z = z.to(accumulator(q)).view(b, g, heads // g, t, s) / math.sqrt(head_dim)
+    fine = accumulator(q)
+    z = q.to(fine).reshape(b, g, -1, head_dim) @ k.to(fine).mT              # (b, g, heads/g t, s)
+    z = z.view(b, g, heads // g, t, s) / math.sqrt(head_dim)
     if cap is not None:
         z = cap * torch.tanh(z / cap)
 
@@ -456,11 +460,11 @@ def run_cell(run, config, method, lr, seed, token_data, device, dtype):
         try:
             with watch if probing else contextlib.nullcontext():
                 losses.append(train_step(model, optimizer, batches, training, rate, device)[0])
+            if probing:
+                norms.append(dict(step=step, **watch.row()))
         except NotFinite:
             diverged = step
         took[probing].append(time.perf_counter() - start)
-        if probing and not diverged:
-            norms.append(dict(step=step, **watch.row()))
         if step % run.eval_every == 0 and not diverged:
             evals.append([step, score(run.eval_tokens)])
             if divergence([loss for _, loss in evals], run.ratio, run.patience) is not None:
@@ -500,14 +504,16 @@ def next_rate(rates, verdicts, resolution):
             break
     low, high = edge(verdicts)
     if low and high and 1 < resolution < high / low:
-        return float(f"{math.sqrt(low * high):.3g}")
+        middle = float(f"{math.sqrt(low * high):.3g}")
+        return middle if low < middle < high else None
     return None
 
 
 class Sweep:
     """The cells of a folder, and what is still to do."""
 
-    def __init__(self, run, settings):
+    def __init__(self, run, settings, unigram=None):
+        self.unigram = unigram          # loss by the frequencies of tokens
         self.run, self.path = run, pathlib.Path(run.out) / "cells.jsonl"
         rows = [] if run.overwrite else read_rows(self.path)
         if self.path.exists() and not run.overwrite:
@@ -520,6 +526,8 @@ class Sweep:
                                       "--overwrite")
         elif run.resume:
             raise FileNotFoundError(f"{self.path} does not exist: nothing to resume")
+        if any(not {"method", "lr", "seed", "diverged", "evals"} <= set(c) for c in rows[1:]):
+            raise ValueError(f"{self.path} has lines that are no cells: restore it, or --overwrite")
         self.cells = {(c["method"], c["lr"], c["seed"]): c for c in rows[1:]}
         self.head = dict(settings=settings)
         self.running = set()
@@ -609,8 +617,8 @@ def sweep_cells(sweep, config, token_data, device, dtype):
                     break
                 done, _ = concurrent.futures.wait(
                     waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    method, _, seed = waiting[future]
+                for future in sorted(done, key=lambda f: f.exception() is not None):
+                    method, _, seed = waiting[future]       # what is whole is kept first
                     sweep.finished(future.result())
                     del waiting[future]
                     bar.update()
@@ -619,6 +627,9 @@ def sweep_cells(sweep, config, token_data, device, dtype):
     except concurrent.futures.process.BrokenProcessPool:
         raise OSError(f"a process of the sweep died, out of memory perhaps: {len(sweep.cells)} "
                       "cells are kept, the same command goes on; try fewer --workers") from None
+    except RuntimeError as error:       # as torch reports a GPU without memory
+        raise OSError(f"a cell failed ({str(error).splitlines()[0]}): {len(sweep.cells)} cells are "
+                      "kept, the same command goes on; try --grad-accum or --recompute") from None
     except KeyboardInterrupt:
         print(f"stopped: {len(sweep.cells)} cells are in {sweep.path}, the same command goes on")
         raise
@@ -656,21 +667,59 @@ def mean_and_deviation(values):
     return mean, spread
 
 
-def summary(sweep):
-    """{method: dict(edges [of each seed], first [of each seed], open, ratios [to qk_norm], losses
-    [at the lowest rate])}. open: at least one seed never diverged, so its edge is a lower bound.
+def verdicts_at_the_end(sweep, method, seed):
+    """As `Sweep.verdicts`, and diverged as well if the last evaluation is above --ratio x the best:
+    what has not come back by the end.
     """
-    run, table = sweep.run, {}
-    seeds = range(run.seed, run.seed + run.seeds)
-    ends = {m: [edge(sweep.verdicts(m, s)) for s in seeds] for m in run.methods}
+    found = sweep.verdicts(method, seed)
+    for lr, bad in found.items():
+        losses = [loss for _, loss in sweep.cells[method, lr, seed]["evals"]]
+        found[lr] = bad or losses[-1] > sweep.run.ratio * min(losses)
+    return found
+
+
+def half_rate(sweep, method, seed):
+    """The rate at which half of what can be learned is lost: the last evaluation crosses the middle
+    between the frequencies of tokens and the best that any cell of the seed reached, in a straight
+    line over log(rate). A cell that diverged has kept nothing. None if it does not cross.
+    """
+    ends = {key: sweep.unigram if c["diverged"] else c["evals"][-1][1]
+            for key, c in sweep.cells.items() if key[2] == seed}
+    middle = (sweep.unigram + min(ends.values(), default=sweep.unigram)) / 2
+    mine = sorted((lr, loss) for (m, lr, _), loss in ends.items() if m == method)
+    for (low, before), (high, after) in zip(mine, mine[1:]):
+        if before <= middle < after:
+            return low * (high / low) ** ((middle - before) / (after - before))
+    return None
+
+
+RULES = {       # what "survives a rate" may mean: words -> rate by sweep, method and seed
+    "as defined": lambda sweep, m, s: edge(sweep.verdicts(m, s))[0],
+    "and within 1.05 of the best at the end": lambda sweep, m, s: edge(
+        verdicts_at_the_end(sweep, m, s))[0],
+    "half of what can be learned is kept": half_rate,
+}
+
+
+def summary(sweep):
+    """{method: dict(edges, first, losses [each by seed: the edge, the first rate that diverged, the
+    loss at the lowest rate], rates {rule: [by seed]}, ratios {rule: [to qk_norm, of seeds that have
+    both]}, open)}. open: a seed never diverged, its edge is a lower bound.
+    """
+    run = sweep.run
+    seeds, table = range(run.seed, run.seed + run.seeds), {}
     for method in run.methods:
-        edges, first = zip(*ends[method])
-        base = [low for low, _ in ends.get("qk_norm", [])]
-        low = [sweep.cells.get((method, min(run.lr), s)) for s in seeds]
-        table[method] = dict(
-            edges=list(edges), first=list(first), open=None in first,
-            ratios=[a / b for a, b in zip(edges, base) if a and b],
-            losses=[c["loss"] for c in low if c and not c["diverged"]])
+        ends = [edge(sweep.verdicts(method, s)) for s in seeds]
+        low = [sweep.cells.get((method, run.lr[0], s)) for s in seeds]
+        table[method] = dict(edges=[e for e, _ in ends], first=[f for _, f in ends],
+                             open=any(f is None for _, f in ends),
+                             losses=[c and c["loss"] for c in low],
+                             rates={rule: [f(sweep, method, s) for s in seeds]
+                                    for rule, f in RULES.items()})
+    for row in table.values():
+        base = table.get("qk_norm", {}).get("rates")
+        row["ratios"] = {rule: [a / b for a, b in zip(row["rates"][rule], base[rule]) if a and b]
+                         if base else [] for rule in RULES}
     return table
 
 
@@ -683,41 +732,66 @@ def log_mean(values):
     return math.exp(mean), math.exp(spread)
 
 
+def in_words(values, form=".3g"):
+    """Geometric mean x/ deviation of rates or ratios, "-" for what is not there."""
+    middle, spread = log_mean(values)
+    if middle is None:
+        return "-"
+    return format(middle, form) + (f" x/ {spread:.2f}" if len(values) > 1 else "")
+
+
+def plus_minus(values, form, unit=""):
+    """Mean +- deviation, of one value without, "-" for none."""
+    if not values:
+        return "-"
+    mean, spread = mean_and_deviation(values)
+    return format(mean, form) + (f" +- {spread:.2g}" if len(values) > 1 else "") + unit
+
+
 def print_table(sweep, table):
-    """In the paper's order, beside the paper's cells."""
-    run = sweep.run
+    """In the paper's order, beside the paper's cells; then how much hangs on the definition."""
+    run, qk = sweep.run, table.get("qk_norm", {})
     print(f"\nedge: highest rate that converged, geometric mean of {run.seeds} seeds x/ standard "
-          f"deviation; known to a factor of {run.resolution:g}. Loss at rate {min(run.lr):g}")
-    print(f"{'method':14s}{'edge':>9s}{'x/':>6s}{'first div.':>11s}{'/ qk_norm':>10s}{'x/':>6s}"
-          f"{'paper':>8s}{'/ qk':>6s}{'loss':>9s}{'+-':>7s}{'to baseline':>13s}{'paper ppl':>11s}")
-    number = lambda value, form, width: f"{'-' if value is None else format(value, form):>{width}s}"
+          f"deviation, known to a factor of {run.resolution:g} (> a lower bound, ? two of them). "
+          f"Loss at rate {run.lr[0]:g}")
+    print(f"{'method':14s}{'edge':>15s}{'first div.':>12s}{'/ qk_norm':>14s}{'paper':>8s}"
+          f"{'/ qk':>6s}{'loss':>17s}{'to baseline':>18s}{'paper ppl':>11s}")
     base = table.get("baseline", {}).get("losses", [])
+    percent = lambda pairs: [100 * (a / b - 1) for a, b in pairs if a and b]
     for method, row in table.items():
-        middle, spread = log_mean(row["edges"])
-        first, _ = log_mean(row["first"])
-        ratio, ratio_spread = log_mean(row["ratios"])
-        loss, deviation = mean_and_deviation(row["losses"]) if row["losses"] else (None, None)
-        gaps = [100 * (a / b - 1) for a, b in zip(row["losses"], base)]
-        gap = "{:+.2f} +- {:.2f}%".format(*mean_and_deviation(gaps)) if gaps else "-"
+        bound = {(0, 0): "", (1, 0): ">", (0, 1): "<", (1, 1): "?"}[row["open"], qk.get("open", 0)]
+        losses, gaps = [v for v in row["losses"] if v], percent(zip(row["losses"], base))
         highest, _, perplexity = PAPER[method]
-        print(f"{method:14s}" + number(middle, ".3g", 8) + (">" if row["open"] else " ")
-              + number(spread, ".2f", 6) + number(first, ".3g", 11) + number(ratio, ".2f", 10)
-              + number(ratio_spread, ".2f", 6) + number(highest, "g", 8)
-              + number(highest / PAPER["qk_norm"][0], "g", 6) + number(loss, ".4f", 9)
-              + number(deviation, ".4f", 7) + f"{gap:>16s}" + number(perplexity, "g", 8))
+        print(f"{method:14s}{'>' * row['open'] + in_words(row['edges']):>15s}"
+              f"{in_words(row['first']):>12.6s}{bound + in_words(row['ratios']['as defined']):>14s}"
+              f"{highest:8g}{highest / PAPER['qk_norm'][0]:6g}{plus_minus(losses, '.4f'):>17s}"
+              f"{plus_minus(gaps, '+.2f', '%'):>18s}{perplexity or '-':>11}")
+    print("\nthe same by other definitions of what survives a rate: rate, and over qk_norm's")
+    print(f"{'':14s}" + "".join(f"{rule:>44s}" for rule in RULES))
+    for method, row in table.items():
+        print(f"{method:14s}" + "".join(f"{in_words(row['rates'][rule]):>28s}"
+                                        f"{in_words(row['ratios'][rule]):>16s}" for rule in RULES))
 
 
-def compare_order(table):
-    """The paper's order, pair by pair of neighbouring groups: lines of text."""
-    edges = {m: log_mean(row["edges"])[0] for m, row in table.items()}
-    lines = []
-    for lower, higher in zip(PAPER_ORDER, PAPER_ORDER[1:]):
-        pairs = [(a, b) for a in lower for b in higher if edges.get(a) and edges.get(b)]
-        wrong = [f"{a} {edges[a]:.3g} >= {b} {edges[b]:.3g}" for a, b in pairs
-                 if edges[a] >= edges[b]]
-        if pairs:
-            lines.append(f"{', '.join(lower)} < {', '.join(higher)}: "
-                         + ("holds" if not wrong else "not here: " + "; ".join(wrong)))
+def compare_order(table, resolution):
+    """The paper's order between groups of methods that are here, one after the other: lines of
+    text. Two edges can be told apart if they differ by more than the resolution and by more than
+    the deviations of both.
+    """
+    groups = [[m for m in group if table.get(m) and log_mean(table[m]["edges"])[0]]
+              for group in PAPER_ORDER]
+    groups, lines = [group for group in groups if group], []
+    for lower, higher in zip(groups, groups[1:]):
+        verdicts = []
+        for a, b in ((a, b) for a in lower for b in higher):
+            (low, one), (high, two) = (log_mean(table[m]["edges"]) for m in (a, b))
+            unclear = max(resolution, one, two)
+            word = "holds" if high > low * unclear else "not here" if low > high * unclear else \
+                "cannot be told"
+            if table[b]["open"] and table[a]["open"]:
+                word = "cannot be told"
+            verdicts.append(f"{a} < {b} {word}")
+        lines.append("; ".join(verdicts))
     return lines
 
 
@@ -730,13 +804,13 @@ def comparisons(sweep, seed):
     for method in run.methods:
         verdicts = sweep.verdicts(method, seed)
         high = next((lr for lr in run.lr if verdicts.get(lr)), None)
-        if high is None:
+        if high is None or not sweep.cells[method, high, seed]["norms"]:
             continue
         bad, found = sweep.cells[method, high, seed], []
         same_rate = [(m, high) for m in ("qk_norm", "qkv_norm", *run.methods)]
         for keys in (same_rate, [(method, edge(verdicts)[0])], [(method, run.lr[0])]):
             cells = (sweep.cells.get((m, lr, seed)) for m, lr in keys)
-            good = next((c for c in cells if c and not c["diverged"]), None)
+            good = next((c for c in cells if c and not c["diverged"] and c["norms"]), None)
             if good and all(good is not other for _, _, other in found):
                 found.append((f"{good['method']} at {good['lr']:g}", bad, good))
         if found:
@@ -752,8 +826,9 @@ def growth(bad, good):
     theirs = {row["step"]: row for row in good["norms"]}
     common = [row for row in bad["norms"] if row["step"] in theirs]
     last, kinds = common[-1], [k for k in common[-1] if k not in ("step", "logit")]
-    ratios = {k: {what: last[k][what] / theirs[last["step"]][k][what] for what in last[k]}
-              for k in kinds}
+    over_theirs = lambda value, other: value / other if other else math.inf     # all neurons dead
+    ratios = {k: {what: over_theirs(last[k][what], theirs[last["step"]][k][what])
+                  for what in last[k]} for k in kinds}
     over = {k: next((row["step"] for row in common
                      if row[k]["output"] > 2 * theirs[row["step"]][k]["output"]), None)
             for k in kinds}
@@ -836,8 +911,9 @@ def plot_curves(found, path):
     runs = [(bad, "#c44e52")] + [(good, color) for (_, _, good), color
                                  in zip(found, ("#4c72b0", "#dd8452", "#55a868"))]
     kinds = [k for k in bad["norms"][0] if k != "step"]
-    figure = Figure(figsize=(10, 6.2), layout="constrained")
-    grid = figure.add_gridspec(3, 3, height_ratios=[1.3, 1, 1])
+    rows = -(-len(kinds) // 3)
+    figure = Figure(figsize=(10, 2.6 + 1.8 * rows), layout="constrained")
+    grid = figure.add_gridspec(1 + rows, 3, height_ratios=[1.3] + [1] * rows)
     above = figure.add_subplot(grid[0, :])
     for cell, color in runs:
         above.plot(*zip(*cell["evals"]), color=color,
@@ -846,7 +922,7 @@ def plot_curves(found, path):
               title=f"{bad['method']} at {bad['lr']:g} loses what it has learned")
     above.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     above.grid(alpha=0.3)
-    for place, kind in enumerate(kinds[-6:]):
+    for place, kind in enumerate(kinds):
         axis = figure.add_subplot(grid[1 + place // 3, place % 3])
         value = lambda row: row[kind] if kind == "logit" else row[kind]["output"]
         for cell, color in runs:
@@ -864,14 +940,16 @@ def report(sweep, path):
     """Tables, plots, and the last line's values."""
     run, table = sweep.run, summary(sweep)
     print_table(sweep, table)
-    for line in compare_order(table):
+    for line in compare_order(table, run.resolution):
         print(f"order        {line}")
-    cells = [c for c in sweep.cells.values() if c["ms"] and c["probe_ms"]]
-    step, probed = (mean_and_deviation([c[k] for c in cells])[0] for k in ("ms", "probe_ms"))
-    share = (probed / step - 1) / run.probe_every
-    print(f"probe        {probed - step:+.1f} ms in one of {run.probe_every} steps of {step:.1f} "
-          f"ms: {share:.1%} of the time")
+    cells, share = [c for c in sweep.cells.values() if c["ms"] and c["probe_ms"]], None
+    if cells:
+        step, probed = (mean_and_deviation([c[k] for c in cells])[0] for k in ("ms", "probe_ms"))
+        share = (probed / step - 1) / run.probe_every
+        print(f"probe        {probed - step:+.1f} ms in one of {run.probe_every} steps of "
+              f"{step:.1f} ms: {share:.1%} of the time")
     seeds, result = range(run.seed, run.seed + run.seeds), {}
+    (path / "norms.png").unlink(missing_ok=True)        # of what this folder held before
     found = next(filter(None, (comparisons(sweep, seed) for seed in seeds)), [])
     if found:
         result = dict(growth=print_growth(sweep, found))
@@ -887,7 +965,9 @@ def report(sweep, path):
             losses[method][f"{lr:g}"] = "diverged" if any(c["diverged"] for c in done) else \
                 sum(c["loss"] for c in done) / len(done)
     return dict(table=losses, max_lr={m: log_mean(row["edges"])[0] for m, row in table.items()},
-                ratio_to_qk_norm={m: log_mean(row["ratios"])[0] for m, row in table.items()},
+                lower_bounds=[m for m, row in table.items() if row["open"]],
+                ratio_to_qk_norm={rule: {m: log_mean(row["ratios"][rule])[0]
+                                         for m, row in table.items()} for rule in RULES},
                 **result, probe_share=share, cells=len(sweep.cells), out=run.out)
 
 
@@ -966,10 +1046,11 @@ class Run:
         for name, value in PRESETS[self.preset][1].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.methods, self.lr = list(self.methods), sorted(set(self.lr))
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"--methods has {method!r}, must be of {', '.join(METHODS)}")
+        self.methods = [m for m in METHODS if m in self.methods]
+        self.lr = sorted(set(self.lr))
         for lr in self.lr:
             if not 0 < lr < math.inf:
                 raise ValueError(f"--lr has {lr}, must be positive")
@@ -1025,7 +1106,7 @@ def announce(run, config, cells):
 def show_list(run):
     """--list: sizes and cost, on the meta device."""
     config = run.config()
-    cells = Sweep(dataclasses.replace(run, overwrite=True), {}).most()
+    cells = Sweep(dataclasses.replace(run, overwrite=True, resume=False), {}).most()
     announce(run, config, cells)
     with torch.device("meta"):
         model = HybridLM(config)
@@ -1042,16 +1123,17 @@ def body(run):
         return show_list(run)
     device, dtype = pick_device(run.device), pick_dtype(run.compute_dtype)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-    for method in run.methods:
-        with torch.device("meta"):
+    with torch.device("meta"):          # what a cell would refuse is refused before there is one
+        convert_to_fp8(HybridLM(run.config()), run.recipe, "emulated", verbose=False)
+        for method in run.methods:
             apply_method(HybridLM(run.config()), method, run.norm)
     text = load_data(run.data, run.tokenizer, run.config().vocab_size)
     make_batches(run.training(run.lr[0], run.seed), text)
     config = run.config(text.vocab_size)
     settings = {name: getattr(run, name) for name in SETTINGS}
     settings |= dict(config=dataclasses.asdict(config), dtype=str(dtype)[6:],
-                     sha256=text.fingerprint["sha256"])
-    sweep = Sweep(run, settings)
+                     text=text.fingerprint)
+    sweep = Sweep(run, settings, unigram_loss(text, run.eval_tokens))
     count = dict(cuda=torch.cuda.device_count(), cpu=os.cpu_count()).get(device, 1)
     workers = min(run.workers or count, max(sweep.most(), 1))
     sweep.run = dataclasses.replace(run, workers=workers)

@@ -352,6 +352,20 @@ def test_the_probe_measures_what_it_says(method):
             grads.append(float(torch.autograd.grad(loss, n)[0].norm()))
         x = block(x)
     mean = lambda values: sum(values) / len(values)
+    for kind, letter, name in (("Proj", "*", "o_proj"), ("FC2", "-", "down_proj"),
+                               ("out_proj", "M", "out_proj"), ("in_proj", "M", "in_proj")):
+        seen, hooks = [], []
+        for block in layers:
+            if block.letter == letter:
+                linear = stability.bare(getattr(block.mixer, name))
+                hooks.append(linear.register_forward_hook(
+                    lambda m, i, o: seen.append((per_token(i[0]), per_token(o)))))
+        with torch.no_grad():
+            model.loss(TOKENS, LABELS)
+        for hook in hooks:
+            hook.remove()
+        assert row[kind]["input"] == pytest.approx(mean([i for i, _ in seen]), rel=1e-5), kind
+        assert row[kind]["output"] == pytest.approx(mean([o for _, o in seen]), rel=1e-5), kind
     assert row["QKV"]["output"] == pytest.approx(mean(outputs), rel=1e-5)
     assert row["QKV"]["weight"] == pytest.approx(mean(weights), rel=1e-5)
     assert row["QKV"]["input"] == pytest.approx(mean(inputs), rel=1e-5)
@@ -440,8 +454,94 @@ def test_the_edge_is_bracketed_and_bisected():
     assert next_rate([0.01, 0.1], {0.01: True}, 1.2) is None        # even the lowest diverged
     assert edge({0.01: True, 0.1: False}) == (None, 0.01)           # what lies above does not count
     assert next_rate([0.01, 0.1], {0.01: False, 0.1: False}, 1.2) is None
+    assert next_rate([0.1, 0.101], {0.1: False, 0.101: True}, 1.005) is None    # in 3 digits
     assert edge({0.01: False, 0.1: False}) == (0.1, None)
     assert log_mean([0.1, 0.4])[0] == pytest.approx(0.2) and log_mean([None, 1.0]) == (None, None)
+
+
+def cell(method, lr, seed, last, best=None, diverged=None):
+    """As run_cell makes it, in the two evaluations that the tables read."""
+    return dict(method=method, lr=lr, seed=seed, diverged=diverged, evals=[[5, best or last],
+                                                                            [10, last]],
+                loss=None if diverged else last, norms=[], losses=[], ms=1.0, probe_ms=2.0)
+
+
+@pytest.fixture
+def known(tmp_path):
+    """Three seeds of three methods with known edges: qk_norm at 0.1, 0.2, 0.2; baseline at half of
+    that, its lowest rate diverged in seed 1; qkv_norm never diverged in seed 2.
+    """
+    run = Run(methods=["qkv_norm", "baseline", "qk_norm"], lr=[0.1, 0.2, 0.4], seeds=3,
+              resolution=2.0, out=str(tmp_path / "known"))
+    sweep = Sweep(run, {}, unigram=5.0)
+    for args in (("qk_norm", 0.1, 0, 4.0), ("qk_norm", 0.2, 0, 4.9, None, 9),
+                 ("qk_norm", 0.1, 1, 4.1), ("qk_norm", 0.2, 1, 4.2), ("qk_norm", 0.4, 1, 9, 9, 9),
+                 ("qk_norm", 0.1, 2, 4.2), ("qk_norm", 0.2, 2, 4.4), ("qk_norm", 0.4, 2, 9, 9, 9),
+                 ("baseline", 0.1, 0, 4.4), ("baseline", 0.2, 0, 9, 9, 9),
+                 ("baseline", 0.1, 1, 9, 9, 9),
+                 ("baseline", 0.1, 2, 4.62, 4.2), ("baseline", 0.2, 2, 9, 9, 9),
+                 ("qkv_norm", 0.1, 0, 3.6), ("qkv_norm", 0.2, 0, 4.4),
+                 ("qkv_norm", 0.4, 0, 9, 9, 9),
+                 ("qkv_norm", 0.1, 1, 4.1), ("qkv_norm", 0.2, 1, 9, 9, 9),
+                 ("qkv_norm", 0.1, 2, 4.2), ("qkv_norm", 0.2, 2, 4.2), ("qkv_norm", 0.4, 2, 4.3)):
+        one = cell(*args)
+        sweep.cells[one["method"], one["lr"], one["seed"]] = one
+    return sweep
+
+
+def test_the_summary_of_known_cells(known):
+    """Edges by seed, ratios of seeds that have both, the two other rules."""
+    assert known.run.methods == ["baseline", "qk_norm", "qkv_norm"]         # the paper's order
+    table = stability.summary(known)
+    assert table["qk_norm"]["edges"] == [0.1, 0.2, 0.2] and not table["qk_norm"]["open"]
+    assert table["baseline"]["edges"] == [0.1, None, 0.1]
+    assert table["baseline"]["ratios"]["as defined"] == [1.0, 0.5]
+    assert table["baseline"]["losses"] == [4.4, None, 4.62]
+    assert table["qkv_norm"]["open"] and table["qkv_norm"]["edges"] == [0.2, 0.1, 0.4]
+    assert table["qkv_norm"]["ratios"]["as defined"] == [2.0, 0.5, 2.0]
+    strict = {m: row["rates"]["and within 1.05 of the best at the end"] for m, row in table.items()}
+    assert strict["baseline"] == [0.1, None, None]          # 4.62 is 1.1 times 4.2
+    assert strict["qk_norm"] == [0.1, 0.2, 0.2]
+    half = "half of what can be learned is kept"            # seed 0: (5 + 3.6) / 2 = 4.3
+    assert table["qkv_norm"]["rates"][half][0] == pytest.approx(0.1 * 2 ** (0.7 / 0.8))
+    assert table["qk_norm"]["rates"][half][0] == pytest.approx(0.1 * 2 ** 0.3)     # 5 at 0.2
+    assert table["baseline"]["rates"][half][0] is None      # above it at the lowest rate already
+
+
+def test_the_tables_of_known_cells(known, capsys):
+    """Differences to baseline pair seeds, not places in a list; a lower bound is marked."""
+    table = stability.summary(known)
+    stability.print_table(known, table)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[3:6]}
+    assert 4.0 / 4.4 == pytest.approx(4.2 / 4.62) and "-9.09 +- " in lines["qk_norm"]
+    assert ">0.2 x/ 2.00" in lines["qkv_norm"] and "0.159" in lines["qk_norm"]
+    assert "- " in lines["baseline"]
+    words = stability.compare_order({
+        "baseline": dict(edges=[0.1, 0.1], open=False),
+        "qk_norm": dict(edges=[0.4, 0.4], open=False),
+        "soft_cap": dict(edges=[0.11, 0.11], open=False),
+        "qkv_norm": dict(edges=[0.2, 0.2], open=False),
+        "qk_norm_cap": dict(edges=[None, 0.2], open=False)}, 1.2)
+    assert words == ["baseline < soft_cap cannot be told; baseline < qk_norm holds",
+                     "soft_cap < qkv_norm holds; qk_norm < qkv_norm not here"]
+
+
+def test_every_seed_is_another_start_and_another_text(text):
+    token_data = stability.load_data(str(text), "bytes")
+    run = stability.parse_flags(Run, flags(text, "out", "--steps", "2"))
+    config = run.config(token_data.vocab_size)
+    one, two = (stability.build(run, config, "baseline", seed, "cpu", None) for seed in (0, 1))
+    assert not torch.equal(one.lm_head.weight, two.lm_head.weight)
+    assert run.training(0.1, 5).seed == 5
+    first = [stability.run_cell(run, config, "baseline", 1e-12, seed, token_data, "cpu",
+                                torch.float32)["losses"] for seed in (0, 1)]
+    assert all(abs(a - b) > 1e-3 for a, b in zip(*first))
+
+
+def test_layer_scale_starts_by_depth():
+    starts = {blocks: stability.layer_scale_start(HybridConfig(pattern="*-" * blocks))
+              for blocks in (1, 18, 19, 24, 25)}
+    assert starts == {1: 0.1, 18: 0.1, 19: 1e-5, 24: 1e-5, 25: 1e-6}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -480,10 +580,11 @@ def test_a_sweep_finds_an_edge_and_reports_it(swept):
         row = result["table"][method]
         assert isinstance(row["0.01"], float) and row["30"] == "diverged"
         assert 0.01 <= result["max_lr"][method] < 30
-    assert result["ratio_to_qk_norm"]["qk_norm"] == 1
+    assert all(rule["qk_norm"] in (1, None) for rule in result["ratio_to_qk_norm"].values())
+    assert result["ratio_to_qk_norm"]["as defined"]["qk_norm"] == 1
     assert (out / "sweep.png").stat().st_size > 10_000
     assert (out / "norms.png").stat().st_size > 10_000
-    assert "method" in printed and "baseline < soft_temp" not in printed
+    assert "order        baseline < qk_norm" in printed and "soft_temp" not in printed
 
 
 def test_cells_hold_losses_norms_and_verdict(swept):
@@ -517,7 +618,8 @@ def test_a_diverging_run_is_put_beside_the_right_ones(tmp_path):
     for method, lr, bad in (("baseline", 0.01, 0), ("baseline", 0.1, 0), ("baseline", 0.14, 1),
                             ("baseline", 0.2, 1), ("baseline", 0.12, 0), ("qkv_norm", 0.2, 0),
                             ("qk_norm", 0.2, 0)):
-        sweep.cells[method, lr, 0] = dict(method=method, lr=lr, seed=0, diverged=bad or None)
+        sweep.cells[method, lr, 0] = dict(method=method, lr=lr, seed=0, diverged=bad or None,
+                                          norms=[dict(step=1)])
     found = stability.comparisons(sweep, 0)
     assert [words for words, _, _ in found] == ["qk_norm at 0.2", "baseline at 0.12",
                                                 "baseline at 0.01"]
