@@ -2,8 +2,10 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -657,6 +659,25 @@ def test_a_sweep_goes_on_where_it_stopped_and_does_not_mix(swept, text, tmp_path
     assert "another steps (30, now 13)" in fails(stability.main, flags(text, half, "--steps", "13"))
     assert "another norm" in fails(stability.main, flags(text, half, "--norm", "rmsnorm"))
     assert (half / "cells.jsonl").read_text().splitlines() == again
+
+
+def test_ctrl_c_keeps_whole_cells_and_ends_the_others(text, tmp_path):
+    """After the first cell: exit code 130, what is finished is on file, no process stays behind."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "stability.py"), *flags(text, out, "--steps", "300")]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT,
+                                                                signal.default_int_handler))
+    while started.poll() is None:
+        if (out / "cells.jsonl").exists() and len((out / "cells.jsonl").open().readlines()) > 1:
+            started.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.05)
+    printed, errors = started.communicate(timeout=60)
+    assert started.returncode == 130, errors
+    assert "the same command goes on" in printed and "Traceback" not in errors
+    cells = [json.loads(line) for line in (out / "cells.jsonl").open()][1:]
+    assert cells and f"stopped: {len(cells)} cells" in printed
 
 
 @pytest.mark.parametrize("more, words", [
