@@ -38,6 +38,16 @@ def fails(capsys):
     return run
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of 40 documents that count: a model learns them within some dozen steps."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(f"item {j}" for j in range(i, i + 60)),
+                                         encoding="utf-8")
+    return folder
+
+
 def assert_close(values, truths, names, tolerance):
     """Relative RMS error of each value by name; the message lists every one above the tolerance."""
     from ssm import relative_error

@@ -457,15 +457,6 @@ def test_merging_is_the_weighted_mean_and_wants_equal_models():
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(f"item {j}" for j in range(i, i + 60)),
-                                         encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def teacher(text, tmp_path_factory):
     """A byte model that has learned to count a little."""
     out = tmp_path_factory.mktemp("teacher")
