@@ -62,7 +62,7 @@ Left out: the paper's 0.2 T token runs for perplexity; its tokenizer (any of 256
 
     python stability.py                             four methods, one seed: 4 min on 2 cores
     python stability.py --preset toy-full --out out/stability-full          the table: 35 min
-    python stability.py --preset toy-full-hybrid --out out/stability-hybrid     as large: 45 min
+    python stability.py --preset toy-full-hybrid --out out/stability-hybrid     of a hybrid: 50 min
     python stability.py --preset stability-830m --list      the paper's, what it would cost
 """
 
@@ -763,7 +763,7 @@ def print_table(sweep, table):
         losses, gaps = [v for v in row["losses"] if v], percent(zip(row["losses"], base))
         highest, _, perplexity = PAPER[method]
         print(f"{method:14s}{'>' * row['open'] + in_words(row['edges']):>15s}"
-              f"{in_words(row['first']):>12.6s}{bound + in_words(row['ratios']['as defined']):>14s}"
+              f"{in_words(row['first']).split()[0]:>12s}{bound + in_words(row['ratios']['as defined']):>14s}"
               f"{highest:8g}{highest / PAPER['qk_norm'][0]:6g}{plus_minus(losses, '.4f'):>17s}"
               f"{plus_minus(gaps, '+.2f', '%'):>18s}{perplexity or '-':>11}")
     print("\nthe same by other definitions of what survives a rate: rate, and over qk_norm's")
@@ -847,7 +847,7 @@ def print_growth(sweep, found):
     print(f"{'':12s}" + "".join(f"{words:>32s}" for words in each))
     print(f"{'':12s}" + f"{'weight':>8s}{'input':>8s}{'output':>8s}{'grad':>8s}" * len(each))
     for kind in each[found[0][0]][0]:
-        print(f"{kind:12s}" + "".join(f"{ratios[kind][what]:8.2f}" for ratios, _, _ in each.values()
+        print(f"{kind:12s}" + "".join(f"{ratios[kind][what]:8.3g}" for ratios, _, _ in each.values()
                                       for what in ("weight", "input", "output", "grad")))
     logits = [[row["logit"] for row in c["norms"] if row["step"] == step and "logit" in row]
               for c in (bad, *(good for _, _, good in found))]
