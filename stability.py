@@ -674,7 +674,7 @@ def verdicts_at_the_end(sweep, method, seed):
     found = sweep.verdicts(method, seed)
     for lr, bad in found.items():
         losses = [loss for _, loss in sweep.cells[method, lr, seed]["evals"]]
-        found[lr] = bad or losses[-1] > sweep.run.ratio * min(losses)
+        found[lr] = bad or bool(losses) and losses[-1] > sweep.run.ratio * min(losses)
     return found
 
 
@@ -684,7 +684,7 @@ def half_rate(sweep, method, seed):
     line over log(rate). A cell that diverged has kept nothing. None if it does not cross.
     """
     ends = {key: sweep.unigram if c["diverged"] else c["evals"][-1][1]
-            for key, c in sweep.cells.items() if key[2] == seed}
+            for key, c in sweep.cells.items() if key[2] == seed and (c["diverged"] or c["evals"])}
     middle = (sweep.unigram + min(ends.values(), default=sweep.unigram)) / 2
     mine = sorted((lr, loss) for (m, lr, _), loss in ends.items() if m == method)
     for (low, before), (high, after) in zip(mine, mine[1:]):
@@ -763,7 +763,8 @@ def print_table(sweep, table):
         losses, gaps = [v for v in row["losses"] if v], percent(zip(row["losses"], base))
         highest, _, perplexity = PAPER[method]
         print(f"{method:14s}{'>' * row['open'] + in_words(row['edges']):>15s}"
-              f"{in_words(row['first']).split()[0]:>12s}{bound + in_words(row['ratios']['as defined']):>14s}"
+              f"{in_words(row['first']).split()[0]:>12s}"
+              f"{bound + in_words(row['ratios']['as defined']):>14s}"
               f"{highest:8g}{highest / PAPER['qk_norm'][0]:6g}{plus_minus(losses, '.4f'):>17s}"
               f"{plus_minus(gaps, '+.2f', '%'):>18s}{perplexity or '-':>11}")
     print("\nthe same by other definitions of what survives a rate: rate, and over qk_norm's")

@@ -429,6 +429,14 @@ def test_a_run_that_ends_at_the_frequencies_of_tokens_has_diverged(text):
     assert cell["diverged"] == 3 and cell["loss"] is None
 
 
+def test_cells_without_an_evaluation_have_tables_too(known, capsys):
+    for one in known.cells.values():
+        one["evals"] = []
+    table = stability.summary(known)
+    assert table["qk_norm"]["rates"]["and within 1.05 of the best at the end"] == [0.1, 0.2, 0.2]
+    stability.print_table(known, table)
+
+
 def test_a_loss_that_is_not_finite_ends_a_cell(text, monkeypatch):
     token_data = stability.load_data(str(text), "bytes")
     run = stability.parse_flags(Run, flags(text, "out"))
