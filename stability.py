@@ -845,11 +845,13 @@ def print_growth(sweep, found):
     step = next(iter(each.values()))[1]
     print(f"\nnorms of {bad['method']} at {bad['lr']:g}, which diverges at step {bad['diverged']}, "
           f"at step {step}, over those of runs that converge")
-    print(f"{'':12s}" + "".join(f"{words:>32s}" for words in each))
-    print(f"{'':12s}" + f"{'weight':>8s}{'input':>8s}{'output':>8s}{'grad':>8s}" * len(each))
+    print(f"{'':12s}" + "".join(f"{words:>40s}" for words in each))
+    print(f"{'':12s}" + f"{'weight':>10s}{'input':>10s}{'output':>10s}{'grad':>10s}"
+          * len(each))
     for kind in each[found[0][0]][0]:
-        print(f"{kind:12s}" + "".join(f"{ratios[kind][what]:8.3g}" for ratios, _, _ in each.values()
-                                      for what in ("weight", "input", "output", "grad")))
+        print(f"{kind:12s}" + "".join(
+            f"{ratios[kind][what]:10.3g}" for ratios, _, _ in each.values()
+            for what in ("weight", "input", "output", "grad")))
     logits = [[row["logit"] for row in c["norms"] if row["step"] == step and "logit" in row]
               for c in (bad, *(good for _, _, good in found))]
     if all(logits):
