@@ -72,7 +72,7 @@ from data import (StopRequest, assigned_ids, encoding_from_json, parse_flags, ru
 from model import (FP32_PARAMETERS, HybridCache, HybridConfig, HybridLM, config_from_hf,
                    decode_settings, free_bytes, layer_state, load_hf, median_seconds, read_json,
                    replace_file, reset_peak, resident_bytes, set_parameter, tune_cpu)
-from ssm import Linear
+from ssm import GPUS, Linear
 
 GIB = 2 ** 30
 
@@ -186,16 +186,6 @@ def build_random(config, device="cpu", dtype=torch.float32, seed=0, int8=False):
 
 # ------------------------------------------------------------------------------------------------
 # The plan: bytes
-
-GPUS = {    # GiB as torch reports them, rounded down; GB/s and dense bf16 TFLOP/s of data sheets
-    "a10g": (22.06, 600, 70),
-    "l4": (22.0, 300, 121),
-    "rtx4090": (23.5, 1008, 165),
-    "a100": (79.1, 2039, 312),
-    "h100": (79.1, 3350, 989),
-    "h200": (139.0, 4800, 989),
-}
-
 
 def int8_bytes(config, dtype=torch.bfloat16):
     """Bytes of the weights after `to_int8`: linears 1 byte a value and 4 a row, the rest in dtype

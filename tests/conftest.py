@@ -14,6 +14,14 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Without a GPU the kernels of ssm.py run in Triton's interpreter. It is asked for while ssm is
+# imported, and by the tests of the kernels, and no longer: what other tests start as processes of
+# their own is to run as for a user.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+import ssm  # noqa: F401
+os.environ.pop("TRITON_INTERPRET", None)
+
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 

@@ -1,0 +1,185 @@
+"""Every kernel of ssm.py, compiled for GPUs that are not there, and what the compiler made of it.
+
+    python tests/aot.py 86 9B 8B            A10G; a JSON line a kernel      40 s
+    python tests/aot.py 90 9B 8B 56B        H100
+
+A driver that only answers "which GPU?" stands in for CUDA and every launch stops after compiling,
+so that the arguments are specialised (type, equal to 1, divisible by 16) as in a real launch.
+Tensors are on the meta device: shapes and strides without memory. Works on Triton 3.6 to 3.9.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"        # as Triton has had it so far
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+import ssm
+
+TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MULTIPROCESSORS = {86: 80, 90: 132}
+SHAPES = {"9B": (128, 80, 8, 128), "8B": (128, 64, 8, 128), "56B": (256, 64, 8, 256)}  # h, p, g, n
+
+
+class NoDriver:
+    """Says which GPU to compile for and nothing else."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+
+@contextlib.contextmanager
+def compile_only(arch):
+    """Collects (kernel name, compiled kernel) of every launch inside; nothing runs."""
+    compiled, run, active = [], JITFunction.run, driver._active
+
+    def compile(self, *arguments, grid, warmup, **options):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        compiled.append((self.fn.__name__, kernel))
+
+    driver.set_active(NoDriver(arch))
+    JITFunction.run = compile
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, driver._active = run, active
+
+
+def tool(*command, data):
+    """What a command-line tool prints about a file that holds data."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        result = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+        return result.stdout + result.stderr
+
+
+def transposed_accumulators(ttir):
+    """Dots with an operand that is a transposed dot result, in whatever way it came there.
+
+    Follows values back from every tt.dot through all operations but loads: a tt.trans on the way
+    that can reach another tt.dot is the pattern.
+    """
+    made_by = {}
+    for line in ttir.splitlines():
+        if match := re.match(r"\s*(%[\w#]+)(?::\d+)? = (?:\"?)([\w.]+)", line):
+            name, operation = match.groups()
+            made_by[name] = operation, re.findall(r"%\w+", line.split("=", 1)[1])
+
+    def reaches(value, through_transpose, seen):
+        if value in seen or value not in made_by:
+            return False
+        seen.add(value)
+        operation, operands = made_by[value]
+        if operation == "tt.load":
+            return False
+        if operation == "tt.dot":
+            return through_transpose
+        through_transpose |= operation == "tt.trans"
+        return any(reaches(operand, through_transpose, seen) for operand in operands)
+
+    dots = [operands for operation, operands in made_by.values() if operation == "tt.dot"]
+    return sum(reaches(operand, False, set()) for operands in dots for operand in operands[:2])
+
+
+def facts(name, kernel):
+    """What there is to judge about a compiled kernel."""
+    ptx, target = kernel.asm["ptx"], re.search(r"\.target (sm_\w+)", kernel.asm["ptx"]).group(1)
+    log = tool(get_ptxas(kernel.metadata.target.arch).path, "-v", f"--gpu-name={target}",
+               "-o", os.devnull, data=ptx.encode())
+    sass = tool(TOOLS / "nvdisasm", "-c", data=kernel.asm["cubin"])
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+    return dict(kernel=name, shared=kernel.metadata.shared, spill=max(int(stores), int(loads)),
+                registers=int(re.search(r"Used (\d+) registers", log).group(1)),
+                hgmma=len(re.findall(r"\bHGMMA", sass)), hmma=len(re.findall(r"\bHMMA", sass)),
+                dots=kernel.asm["ttir"].count("tt.dot "),
+                transposed=transposed_accumulators(kernel.asm["ttir"]))
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launch_everything(h, p, g, n, packed, t=8192):
+    """One training step and one decode step of a layer between its projections, batch 1."""
+    fp32 = dict(dtype=torch.float32)
+    inner, channels = h * p, h * p + 2 * g * n
+    zxBCdt = empty(1, t, inner + channels + h).requires_grad_()
+    z, xBC, _ = zxBCdt.split([inner, channels, h], -1)
+    weight, bias = empty(channels, 4).requires_grad_(), empty(channels)
+    seq_idx = empty(1, t, dtype=torch.int64) if packed else None
+    xBC, _ = ssm.causal_conv1d(xBC, weight, bias, seq_idx=seq_idx)
+    x, B, C = xBC.split([inner, g * n, g * n], -1)
+    y, _ = ssm.ssd_triton(x.unflatten(2, (h, p)), empty(1, t, h, **fp32), empty(h, **fp32),
+                          B.unflatten(2, (g, n)), C.unflatten(2, (g, n)), empty(h, **fp32),
+                          seq_idx=seq_idx)
+    y = ssm.gated_group_norm(y.flatten(2), z, empty(inner, **fp32), g, 1e-5)
+    torch.autograd.grad(y, zxBCdt, torch.empty_like(y))
+    if not packed:
+        ssm.conv_ssd_step(empty(1, channels), empty(1, h), empty(1, channels, 3),
+                          empty(1, h, p, n, **fp32), weight.detach(), bias, empty(h, **fp32),
+                          empty(h, **fp32), empty(h, **fp32))
+
+
+def bad_kernel():
+    """Two dots, the first transposed into the second: what the check above must find."""
+    tl = ssm.tl
+
+    @triton.jit
+    def bad(a, b, out, n: tl.constexpr):
+        i = tl.arange(0, n)
+        at = i[:, None] * n + i[None, :]
+        product = tl.dot(tl.load(a + at), tl.load(b + at))
+        product = tl.where(i[:, None] > i[None, :], product, 0.0).to(tl.bfloat16)
+        tl.store(out + at, tl.dot(tl.trans(product), tl.load(b + at)))
+
+    bad[1,](empty(64, 64), empty(64, 64), empty(64, 64, dtype=torch.float32), n=64)
+
+
+def print_facts(arch, function, *arguments, **options):
+    """A JSON line for every kernel that the function launches."""
+    with compile_only(arch) as compiled:
+        function(*arguments, **options)
+    for name, kernel in compiled:
+        print(json.dumps(dict(arch=arch) | options | facts(name, kernel)), flush=True)
+
+
+def main(arch, shapes):
+    ssm.KERNEL_DEVICES, ssm.INTERPRETED = {"meta"}, True
+    ssm.gpu = lambda device: (arch // 10, MULTIPROCESSORS[arch])
+    print_facts(arch, bad_kernel)
+    for shape in shapes:
+        for packed in (False, True) if shape == "9B" else (False,):
+            print_facts(arch, launch_everything, *SHAPES[shape], packed=packed)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        main(int(sys.argv[1]), sys.argv[2:])
