@@ -281,8 +281,8 @@ class _ChunkedScan(torch.autograd.Function):
         R  <- all * R + (head * dy)^T C       the gradient of the state that entered
 
     The log-decays a enter through exp of differences of their cumulative sum c, and d exp = exp.
-    With W = dM * M, strictly lower since the diagonal's exponent is the constant 0, and
-    w_i = <u_i, tail_i B_i R>:
+    With W = dM * M, strictly lower since the diagonal's exponent is the constant 0, and, for the
+    same reason without the last position, w_i = <u_i, tail_i B_i R>:
 
         dc_i = sum_j W_ij - sum_j W_ji + <dy_i, head_i C_i S> - w_i
         dc_last += sum_i w_i + all <R, S>     tail and all also read the last sum
@@ -359,6 +359,7 @@ class _ChunkedScan(torch.autograd.Function):
             from_R = k.ungroup(k.B @ Rx.transpose(1, 2)) * k.tail[..., None]
             du = du + from_R
             w = from_R.mul_(k.u).sum(-1)
+            w[:, -1] = 0                        # its exponent is 0 as well
             dc -= w
             dc[:, -1] += w.sum(1) + k.all * (R * S).view(b, h, p * n).sum(-1)
 
@@ -971,6 +972,7 @@ def _dx_kernel(x, dy, B, C, cs, dt, doc, D, R, dx, dG, ddt, dcs, dcs_late, dend,
     dG += ((row * tl.num_programs(0) + k) * g + group) * SPREAD * TILE * TILE
     dG += i[:, None] * TILE + i[None, :]
     to_end = CHUNK - 1 - k % SPREAD * TILE
+    moves = (i < tl.minimum(to_end, t - 1 - k * TILE)).to(tl.float32)   # from the end none decays
     if PACKED:
         docs = doc + row * (T + 1) + 1 + k * TILE
         own, after = tl.load(docs + i), tl.load(docs + to_end)
@@ -1016,8 +1018,9 @@ def _dx_kernel(x, dy, B, C, cs, dt, doc, D, R, dx, dG, ddt, dcs, dcs_late, dend,
             v1 = _dot(M, g1, v1)
             _write(dx + m * P, i, h * P, p1, ok, v1 * d[:, None] + skip * g1)
         tl.store(ddt + line + m * T + i, du + through_R)
-        tl.store(dcs + line + m * T + i, dl - d * through_R)
-        tl.store(dend + spot + m, tl.sum(d * through_R))
+        crossing = d * through_R * moves
+        tl.store(dcs + line + m * T + i, dl - crossing)
+        tl.store(dend + spot + m, tl.sum(crossing))
     tl.store(dG, dGs.to(dG.dtype.element_ty))
 
     # Targets in the next tile of the chunk: on top of what was written, which is still in L2. Two
@@ -1352,8 +1355,8 @@ BACKENDS["triton"] = ssd_triton
 # Triton: what surrounds the scan
 
 # The convolution, the gated norm and the decode step do a few operations a number: they are as fast
-# as their bytes. Each reads its inputs once and writes its result once; operation by operation, as
-# torch would, the convolution moves about 5 times that and the norm 4 times.
+# as their bytes. Each reads its inputs once and writes its result once, where torch would write and
+# read what is between two operations.
 
 
 @jit

@@ -144,6 +144,20 @@ def test_nothing_overflows_for_dt_from_1e_minus_6_to_1000(form, dtype):
             assert value.isfinite().all(), f"{name} is not finite"
 
 
+def test_decays_gradient_survives_strong_decay():
+    """At e^-15 a token what tokens are to each other is 3e-7 of what they are to themselves, and the
+    gradient of the decays is made of that alone: terms that cancel must not be in its sums.
+    """
+    leaves, _ = inputs(t=40, dtype=torch.float32)
+    leaves[1] = torch.full((2, 40, 4), 0.5).requires_grad_()
+    leaves[2] = torch.full((4,), -30.0).requires_grad_()
+    exact = [m.detach().double().requires_grad_() for m in leaves]
+    grads = torch.randn(2, 40, 4, 10), torch.randn(2, 4, 10, 5)
+    assert_close(value_and_gradients(ssd_chunked, leaves, None, grads, chunk_size=8),
+                 value_and_gradients(ssd_recurrent, exact, None, [m.double() for m in grads]),
+                 NAMES, 2e-5)
+
+
 def test_a_change_of_seq_idx_is_a_fresh_start():
     """Packed documents equal the same documents alone; a value that comes back is another
     document.
