@@ -102,6 +102,17 @@ def run_script(body, run):
         print(json.dumps(result), flush=True)
 
 
+def read_rows(path):
+    """The objects of metrics.jsonl; a line that was cut short ends them."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
 class StopRequest:
     """A context in which Ctrl-C sets .asked, for a loop to end at a whole step; a second one
     interrupts at once.

@@ -67,8 +67,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from data import (StopRequest, assigned_ids, encoding_from_json, parse_flags, run_script,
-                  separator_id)
+from data import (StopRequest, assigned_ids, encoding_from_json, parse_flags, read_rows,
+                  run_script, separator_id)
 from model import (FP32_PARAMETERS, HybridCache, HybridConfig, HybridLM, config_from_hf,
                    decode_settings, free_bytes, layer_state, load_hf, median_seconds, read_json,
                    replace_file, reset_peak, resident_bytes, set_parameter, tune_cpu)
@@ -1541,9 +1541,66 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+PIPELINE = pathlib.Path("out/base"), pathlib.Path("out/compressed")     # where the scripts write
+
+
 def newest_checkpoint():
     """out/compressed if the pipeline has come that far, else out/base."""
-    return "out/compressed" if pathlib.Path("out/compressed/config.json").exists() else "out/base"
+    base, compressed = PIPELINE
+    return compressed if (compressed / "config.json").exists() else base
+
+
+def plot_pipeline(base, compressed, text, path):
+    """What the three commands did, from the logs of two run folders: pre-training, the cut and its
+    recovery, memory before and after, a sample of text. False if a log has no end yet.
+    """
+    training, recovery = (read_rows(folder / "metrics.jsonl") for folder in (base, compressed))
+    if not (training and recovery and "final" in training[-1] and "final" in recovery[-1]):
+        return False
+    from matplotlib.figure import Figure
+    end, final = training[-1]["final"], recovery[-1]["final"]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplot_mosaic([["pre", "cut", "memory"], ["text"] * 3],
+                                 height_ratios=[3, 2], width_ratios=[3, 3, 2])
+    steps = [row for row in training if "loss" in row]
+    seen = [row for row in steps if "val_loss" in row]
+    axes["pre"].plot([row["tokens"] / 1e6 for row in steps], [row["loss"] for row in steps],
+                     color="#4c72b0", alpha=0.4, linewidth=0.8, label="training")
+    axes["pre"].plot([row["tokens"] / 1e6 for row in seen] + [end["tokens"] / 1e6],
+                     [row["val_loss"] for row in seen] + [end["val_loss"]], "o-", color="#c44e52",
+                     label="validation")
+    axes["pre"].set(title=f"1. pre-trained ({end['recipe']}): {end['val_bpb']:.3f} bits a byte",
+                    xlabel="tokens [millions]", ylabel="loss [nats a token]",
+                    ylim=(end["val_loss"] - 0.5, min(7, steps[0]["loss"])))
+
+    seen = [row for row in recovery if "val_loss" in row]
+    tokens = [0] + [row["tokens"] / 1e6 for row in seen]
+    losses = [final["pruned_val_loss"]] + [row["val_loss"] for row in seen]
+    last = max(row.get("tokens", 0) for row in recovery) / 1e6
+    axes["cut"].plot(tokens + [last], losses + [final["student_val_loss"]], "o-", color="#4c72b0",
+                     label="cut, then distilled")
+    axes["cut"].axhline(final["teacher_val_loss"], color="#444444", linestyle="--",
+                        label="before the cut")
+    won = final["recovered"]
+    axes["cut"].set(title="2. cut" + (f": {won:.0%} won back" if won else ""),
+                    xlabel="tokens of distillation [millions]", ylabel="validation loss [nats]")
+    before, after = final["memory_gib_before"], final["memory_gib_after"]
+    bars = axes["memory"].bar(["before", "after"], [1024 * before, 1024 * after],
+                              color=["#999999", "#4c72b0"])
+    axes["memory"].bar_label(bars, [f"{n / 1e6:.2f} M\nparameters" for n in
+                                    (final["params_before"], final["params_after"])], padding=2)
+    axes["memory"].set(title=f"memory {after / before - 1:+.0%}", ylabel="planned memory [MiB]")
+    axes["memory"].margins(y=0.25)
+    for name in ("pre", "cut"):
+        axes[name].grid(alpha=0.3)
+        axes[name].legend()
+    axes["text"].axis("off")
+    axes["text"].set_title("3. what the compressed model writes", loc="left")
+    lines = [line[:120] for line in text.expandtabs(4).splitlines()[:12]]
+    axes["text"].text(0, 1, "\n".join(lines).replace("$", r"\$"), family="monospace", fontsize=8,
+                      va="top")
+    figure.savefig(path, dpi=120)
+    return True
 
 
 class Interrupt(StopRequest):
@@ -1622,6 +1679,10 @@ def body(run):
           f"prompt of {stats['prompt_tokens']} at "
           f"{rate(stats['prompt_tokens'], stats['prefill_seconds']):.0f} tokens/s, cache "
           f"{stats['cache_bytes'] / 2 ** 20:.2f} MiB")
+    if not run.checkpoint and prompts == [DEFAULT_PROMPT] and isinstance(text, str):
+        picture = pathlib.Path("out/pipeline.png")
+        if plot_pipeline(*PIPELINE, DEFAULT_PROMPT + text, picture):
+            print(f"the whole run as a picture: {picture}")
     return dict(tokens_per_s=rate(stats["tokens"], stats["seconds"]),
                 prefill_tokens_per_s=rate(stats["prompt_tokens"], stats["prefill_seconds"]),
                 peak_bytes=peak_bytes(device), text=text)

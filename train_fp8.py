@@ -98,7 +98,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (Batches, StopRequest, TokenData, load_data, parse_flags, run_script,
+from data import (Batches, StopRequest, TokenData, load_data, parse_flags, read_rows, run_script,
                   validation_batches)
 from model import (HybridConfig, HybridLM, free_bytes, median_seconds, replace_file, save_hf,
                    tune_cpu, write_text)
@@ -960,17 +960,6 @@ def load_state(state, folder, model, optimizer):
                        optim_state_dict=tensors["optimizer"], options=options)
     else:
         set_model_state_dict(model, tensors["model"], options=options)
-
-
-def read_rows(path):
-    """The objects of metrics.jsonl; a line that was cut short ends them."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def finished_result(run):

@@ -584,7 +584,7 @@ def test_other_ways_run(text, teacher, tmp_path, more):
     (["--teacher", "/nowhere"], "has no config.json"), (["--keep", "2"], "--keep is 2.0"),
     (["--method", "magic"], "must be one of minitron, minipuzzle"),
     (["--weight-bits", "5"], "--weight-bits is 5"), (["--steps", "0"], "--steps is 0"),
-    (["--seq-len", "100000"], "do not fill two windows"),
+    (["--seq-len", "15000"], "do not fill two windows"),
     (["--list", "--preset", "huge"], "preset 'huge' is not one of"),
     (["--memory-gib", "inf"], "must be positive and finite"),
     (["--memory-gib", "1e-12"], "nothing fits 0 GiB"),
