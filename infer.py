@@ -1583,7 +1583,8 @@ def plot_pipeline(base, compressed, text, path):
                         label="before the cut")
     won = final["recovered"]
     axes["cut"].set(title="2. cut" + (f": {won:.0%} won back" if won else ""),
-                    xlabel="tokens of distillation [millions]", ylabel="validation loss [nats]")
+                    xlabel="tokens of distillation [millions]",
+                    ylabel="loss on a part of the validation text")
     before, after = final["memory_gib_before"], final["memory_gib_after"]
     bars = axes["memory"].bar(["before", "after"], [1024 * before, 1024 * after],
                               color=["#999999", "#4c72b0"])

@@ -895,3 +895,23 @@ def test_a_snapshot_goes_back_whatever_the_cache_was_used_for(loaded):
     cache.restore(inside)
     assert cache.lengths.tolist() == [4] and cache.pos == 4
     assert not any(m.any() for m in cache.row(0).ssm.values())      # a row begins empty
+
+
+def test_the_pipelines_picture_waits_for_both_logs(tmp_path):
+    """Drawn from what the two runs logged, text with dollars and braces included; not before both
+    have ended.
+    """
+    base, compressed = tmp_path / "base", tmp_path / "compressed"
+    step = dict(step=0, tokens=10, loss=5.0, val_loss=4.9)
+    logs = {base: dict(val_loss=4.5, val_bpb=1.7, tokens=20, recipe="nano2"),
+            compressed: dict(teacher_val_loss=4.4, pruned_val_loss=5.0, student_val_loss=4.6,
+                             recovered=0.67, memory_gib_before=0.2, memory_gib_after=0.1,
+                             params_before=20, params_after=10)}
+    picture = tmp_path / "pipeline.png"
+    for folder, final in logs.items():
+        assert not infer.plot_pipeline(base, compressed, "", picture) and not picture.exists()
+        folder.mkdir()
+        rows = [step, dict(step=1, final=final)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert infer.plot_pipeline(base, compressed, "cost = {'$x$': '$\\frac'}\n" * 20, picture)
+    assert picture.stat().st_size > 20_000
