@@ -66,7 +66,7 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 import train_fp8
-from data import Batches, load_data, parse_flags, run_script
+from data import Batches, load_data, parse_flags, read_rows, run_script
 from infer import (GIB, Measured, int8_bytes, load_run, loading_bytes, model_fingerprint,
                    pick_device, pick_dtype, workspace_bytes)
 from model import (HybridConfig, HybridLM, layer_state, read_json, save_hf, set_parameter,
@@ -998,7 +998,7 @@ def report(run, begun, teacher, student, student_loss, scratch_loss, rows):
 
 def teacher_tokens(run):
     """Tokens that the teacher was trained on, if its log tells."""
-    rows = train_fp8.read_rows(pathlib.Path(run.teacher) / "metrics.jsonl")
+    rows = read_rows(pathlib.Path(run.teacher) / "metrics.jsonl")
     return max((row.get("tokens", 0) for row in rows), default=0)
 
 

@@ -84,12 +84,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from data import load_data, parse_flags, run_script
+from data import load_data, parse_flags, read_rows, run_script
 from infer import pick_device, pick_dtype
-from model import Attention, HybridConfig, HybridLM, RMSNorm, tune_cpu, write_text
+from model import Attention, HybridConfig, HybridLM, tune_cpu, write_text
 from ssm import Linear, accumulator
 from train_fp8 import (RECIPES, NotFinite, convert_to_fp8, evaluate, make_batches, make_optimizer,
-                       read_rows, recompute_activations, train_step, wsd)
+                       recompute_activations, train_step, wsd)
 import train_fp8
 
 # ------------------------------------------------------------------------------------------------

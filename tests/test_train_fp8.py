@@ -17,10 +17,9 @@ import torch
 from conftest import ROOT
 
 import train_fp8
-from data import TokenStream, load_data, write_shards
+from data import TokenStream, load_data, read_rows, write_shards
 from model import HybridConfig, HybridLM, load_hf
-from train_fp8 import (Run, bits_per_byte, evaluate, make_optimizer, read_rows, train_step,
-                       wsd)
+from train_fp8 import Run, bits_per_byte, evaluate, make_optimizer, train_step, wsd
 
 SMALL = ["--tokenizer", "bytes", "--pattern", "M*-M-", "--seq-len", "32", "--batch-size", "4",
          "--device", "cpu",
