@@ -57,6 +57,7 @@ have it).
 import importlib.util
 import math
 import os
+import re
 
 import torch
 import torch.nn.functional as F
@@ -670,7 +671,7 @@ class Mamba2(nn.Module):
         weight = self.conv1d.weight.squeeze(1)
 
         # One token with a state: the recurrence itself, everything in place.
-        if t == 1 and ssm_state is not None and fused(x) and weight.shape[1] > 1:
+        if t == 1 and ssm_state is not None and self.one_launch(x, ssm_state):
             y = conv_ssd_step(xBC[:, 0], dt[:, 0], conv_state, ssm_state, weight, self.conv1d.bias,
                               self.dt_bias, self.A_log, self.D)
             return self.out_proj(self.norm(y.view(b, 1, -1), z))
@@ -691,6 +692,11 @@ class Mamba2(nn.Module):
             conv_state.copy_(conv_final)
             ssm_state.copy_(ssm_final)
         return self.out_proj(self.norm(y.flatten(2), z))
+
+    def one_launch(self, x, ssm_state):
+        """Whether `conv_ssd_step` takes a token: it knows no gradients and walks a whole state."""
+        return (fused(x) and not torch.is_grad_enabled() and ssm_state.is_contiguous()
+                and self.conv1d.weight.shape[2] > 1)
 
     def split_groups(self, xBC):
         """(..., conv_dim) -> x (..., h, p), B and C (..., g, n), as views."""
@@ -748,14 +754,14 @@ class Mamba2(nn.Module):
 # instead of the tile below. It needs no extra loop, but then a pair of tokens enters the decays'
 # gradient by two differently rounded ways that no longer cancel: dA was off by 6% in bf16.
 # Long sequences go through in spans of SPAN tokens, last first, so that S and R are scratch of a
-# fixed size. Only inputs are saved for the backward.
+# fixed size. Only inputs are saved for the backward, dt and its cumulative sums in fp32.
 #
 # Bytes a token at that shape, counted, every tensor once a kernel (mamba_ssm at e9594ce, chunk 256;
 # `python ssm.py --bench` prints ours for each kernel):
 #
 #                 compulsory   mamba_ssm            here
-#     forward     45,312       147,712  3.3 x        49,408  1.1 x     (72,960 with segments)
-#     backward    70,144       538,880  7.7 x       301,312  4.3 x
+#     forward     45,312       147,712  3.3 x        49,920  1.1 x     (73,472 with segments)
+#     backward    70,144       538,880  7.7 x       305,408  4.4 x
 #
 # Written for the compiler as much as for the reader:
 #   * Softplus, A and the cumulative sum stay in torch, where autograd has them, as (b, h, t).
@@ -1182,7 +1188,7 @@ def strides(*tensors):
 
 def options(kernel, x, n):
     """Launch options from the table; a state of 256 leaves no room for a second stage."""
-    column = min(max(gpu(x.device)[0], 8), 9) if x.element_size() == 2 else "fp32"
+    column = gpu(x.device)[0] if x.element_size() == 2 else "fp32"
     warps, stages = OPTIONS[kernel][column]
     return dict(num_warps=warps, num_stages=stages if n <= 128 else 1, maxnreg=255)
 
@@ -1293,8 +1299,11 @@ def _span_gradients(x, dy, B, C, dx, dB, dC, cs, dt, dcs, dcs_late, ddt, doc, D,
 
 
 def walkable(m):
-    """m (b, t, heads, .) as the kernels read it: unit stride last, rows within 32-bit reach."""
-    return m if m.stride(3) == 1 and m.stride(1) < 2 ** 24 else m.contiguous()
+    """m (b, t, heads, .) as the kernels read it: unit stride last, a tile's rows and a row's heads
+    within 32-bit reach.
+    """
+    near = m.stride(1) < 2 ** 24 and m.stride(2) * m.shape[2] < 2 ** 31
+    return m if m.stride(3) == 1 and near else m.contiguous()
 
 
 def unsupported(x, B):
@@ -1302,19 +1311,24 @@ def unsupported(x, B):
     n, p = B.shape[3], x.shape[3]
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"x is {x.dtype}; the kernels take float32, float16 and bfloat16"
-    if split_head_dim(p) is None or n not in (16, 32, 64, 128, 256) or p * n > 16384:
+    most = 16384 if x.element_size() == 2 else 12288            # what an A10G's shared memory holds
+    if split_head_dim(p) is None or n not in (16, 32, 64, 128, 256) or p * n > most:
         return (f"head dim {p} with state {n}; the kernels take head dims of 16 to 256 that are a "
                 f"power of two or a sum of two (48, 80, 96), states of 16, 32, 64, 128 or 256, "
-                f"and at most 16384 numbers a head")
+                f"and at most {most} numbers a head in {str(x.dtype)[6:]}")
     if not TRITON:
         return "triton is not here: it comes with CUDA builds of torch, or with TRITON_INTERPRET=1"
     if not x.is_cuda and not INTERPRETED:
         return f"x is on {x.device}; the kernels run on CUDA, elsewhere with TRITON_INTERPRET=1"
+    if x.is_cuda and gpu(x.device)[0] not in (8, 9):
+        return (f"a GPU of compute capability {gpu(x.device)[0]}.x; the kernels are made for 8.x "
+                f"and 9.x (A10G, A100, H100, H200)")
     return None
 
 
 def ssd_triton(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chunk_size=128):
-    """The scan by GPU kernels, forward and backward; deterministic.
+    """The scan by GPU kernels, forward and backward; the same bits every time. (torch counts its
+    own cumsum on CUDA, which is used here, among what is not deterministic.)
 
     Arguments, results and errors as in `ssd_recurrent`; and ValueError, saying what is supported,
     for dtypes, head dims, states and devices that the kernels do not take, and for inputs of
@@ -1339,13 +1353,13 @@ def ssd_triton(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chu
 
     # (b, h, T) of whole chunks; padding has dt = 0: it neither decays nor adds.
     padding = -x.shape[1] % chunk
-    dt = F.pad(dt.float().transpose(1, 2), (0, padding))
+    dt = F.pad(dt.float().transpose(1, 2), (0, padding)).contiguous()
     cs = (dt * A.float()[:, None]).unflatten(2, (-1, chunk)).cumsum(3).flatten(2)
     if doc is not None:
         doc = torch.cat([doc[:, :1], doc, doc[:, -1:].expand(-1, padding)], 1).int()
     D = x.new_zeros(x.shape[2], dtype=torch.float32) if D is None else D.float()
-    return _TritonScan.apply(walkable(x), cs, dt.contiguous(), walkable(B), walkable(C),
-                             D.contiguous(), S0.contiguous(), doc, constants)
+    return _TritonScan.apply(walkable(x), cs, dt, walkable(B), walkable(C), D.contiguous(),
+                             S0.contiguous(), doc, constants)
 
 
 BACKENDS["triton"] = ssd_triton
@@ -1548,7 +1562,8 @@ class _GatedGroupNormTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, z, weight, n_groups, eps):
         y, z = (m if m.stride(1) == 1 else m.contiguous() for m in (y, z))
-        ctx.save_for_backward(y, z, weight.contiguous())
+        weight = weight.contiguous()
+        ctx.save_for_backward(y, z, weight)
         ctx.n_groups, ctx.eps = n_groups, eps
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
         size = y.shape[1] // n_groups
@@ -1621,7 +1636,7 @@ def _step_kernel(xBC, dt, conv, state, w, bias, dt_bias, A_log, D, y, tickets, h
     C, C_new = _conv_token(xBC, conv, w, bias, ch_C, all_n, conv_c, conv_t, W)
 
     # softplus = max(v, 0) + log(1 + e^-|v|); the quotient makes up for the rounding of 1 + e.
-    v = tl.load(dt + row * dt_b + head).to(tl.float32) + tl.load(dt_bias + head)
+    v = tl.load(dt + row * dt_b + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
     e = tl.exp(-tl.abs(v))
     log1p = tl.where(1.0 + e == 1.0, e, tl.log(1.0 + e) * e / tl.maximum(1.0 + e - 1.0, 1e-30))
     step = tl.maximum(v, 0.0) + log1p
@@ -1629,9 +1644,10 @@ def _step_kernel(xBC, dt, conv, state, w, bias, dt_bias, A_log, D, y, tickets, h
     at = state + (row * h + head) * p * N + own[:, None] * N + n[None, :]
     inside = ok[:, None] & all_n[None, :]
     S = tl.load(at, mask=inside, other=0.0)
-    S = tl.exp(-step * tl.exp(tl.load(A_log + head))) * S + (step * x)[:, None] * B[None, :]
+    A = -tl.exp(tl.load(A_log + head).to(tl.float32))
+    S = tl.exp(step * A) * S + (step * x)[:, None] * B[None, :]
     tl.store(at, S, mask=inside)
-    out = tl.sum(S * C[None, :], 1) + tl.load(D + head) * x
+    out = tl.sum(S * C[None, :], 1) + tl.load(D + head).to(tl.float32) * x
     tl.store(y + (row * h + head) * p + own, out.to(y.dtype.element_ty), mask=ok)
 
     tl.debug_barrier()                                          # every thread has read the state
@@ -1646,22 +1662,32 @@ def _step_kernel(xBC, dt, conv, state, w, bias, dt_bias, A_log, D, y, tickets, h
 TICKETS = {}        # zeros between launches; one set a stream, whose launches do not overlap
 
 
+def tickets_for(x, count):
+    """Zeros for a launch on the current stream. A CUDA graph gets its own and zeroes them at every
+    replay: it is captured on one stream and may be replayed on several.
+    """
+    zeros = lambda: torch.zeros(count, dtype=torch.int32, device=x.device)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return zeros()
+    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0, count
+    if key not in TICKETS:
+        TICKETS[key] = zeros()
+    return TICKETS[key]
+
+
 def conv_ssd_step(xBC, dt, conv_state, ssm_state, weight, bias, dt_bias, A_log, D):
     """One token of a layer between its projections, one launch: convolution, softplus, state, D.
 
     xBC (b, h p + 2 g n) and dt (b, h) as in_proj gives them; conv_state (b, channels, width - 1)
-    and ssm_state (b, h, p, n) fp32 contiguous go on in place; weight (channels, width), bias,
-    dt_bias, A_log, D fp32 -> y (b, h, p) in xBC's dtype. Equals `causal_conv1d` and `ssd_step`.
+    and ssm_state (b, h, p, n), contiguous, go on in place; weight (channels, width), bias, dt_bias,
+    A_log, D -> y (b, h, p) in xBC's dtype. Equals `causal_conv1d` and `ssd_step`; no gradients.
     """
     b, h, p, n = ssm_state.shape
     g = (xBC.shape[1] - h * p) // (2 * n)
     y = xBC.new_empty(b, h, p)
-    stream = torch.cuda.current_stream(xBC.device).cuda_stream if xBC.is_cuda else 0
-    key = xBC.device, stream, b * g
-    if key not in TICKETS:
-        TICKETS[key] = torch.zeros(b * g, dtype=torch.int32, device=xBC.device)
+    tickets = tickets_for(xBC, b * g)
     launch(_step_kernel, (-(-p // 16), h, b), xBC, dt, conv_state, ssm_state, weight, bias,
-           dt_bias, A_log, D, y, TICKETS[key], h, p, g, *strides(xBC, dt), *conv_state.stride(),
+           dt_bias, A_log, D, y, tickets, h, p, g, *strides(xBC, dt), *conv_state.stride(),
            N=n, BN=power_of_two(n), W=weight.shape[1], BP=16)
     return y
 
@@ -1832,11 +1858,11 @@ def scan_costs(h, p, g, n, chunk=128, tile=64):
     x, BC, dt, line = 2 * h * p, 2 * g * n, 2 * h, 4 * h        # bf16, bf16, bf16, fp32 (b, h, t)
     S, dG, late = 2 * h * p * n / chunk, 2 * g * tile, 1 - tile / chunk
     dG *= 1 + late
-    forward = {"torch": dt + 6 * line, "scan": 2 * x + 2 * BC + 2 * line}
+    forward = {"torch": dt + 7 * line, "scan": 2 * x + 2 * BC + 2 * line}
     backward = {"states": x + BC + 2 * line + S, "states back": x + BC + line + 2 * S,
                 "dx": 3 * x + 2 * BC + S + (4 + late) * line + dG,
                 "dC": x + S + 3 * BC + (3 + late) * line + dG,
-                "dB": x + S + 2 * BC + 2 * line + dG, "torch": 10 * line + dt}
+                "dB": x + S + 2 * BC + 2 * line + dG, "torch": 18 * line + dt}
     step = {"step": 2 * 4 * h * p * n + 2 * x + 2 * BC + dt + 2 * 3 * (x + 2 * BC)}
     state, scores_x, scores = 2 * h * n * p, 2 * h * tile * p, 2 * tile * n
     return {
@@ -1934,7 +1960,8 @@ def bench(device, lengths):
     """Prints counts, rooflines and times; returns them as a dict for the JSON line."""
     cuda = str(device).startswith("cuda")
     device_name = torch.cuda.get_device_name(device) if cuda else "no CUDA device"
-    known = [name for name in GPUS if name in device_name.lower().replace(" ", "")]
+    words = re.split(r"[^a-z0-9]+", device_name.lower().replace("rtx ", "rtx"))
+    known = [name for name in GPUS if name in words]
     gpus, result = known or ["a10g", "h100", "h200"], dict(device=device_name)
     print(f"on {device_name}; " + ("medians of 5" if cuda else "times: not measured") + "\n"
           "bytes and FLOPs a token of one layer's scan, bf16; us the longer of compulsory bytes at "

@@ -8,6 +8,7 @@ so that the arguments are specialised (type, equal to 1, divisible by 16) as in 
 Tensors are on the meta device: shapes and strides without memory. Works on Triton 3.6 to 3.9.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -83,28 +84,43 @@ def tool(*command, data):
 def transposed_accumulators(ttir):
     """Dots with an operand that is a transposed dot result, in whatever way it came there.
 
-    Follows values back from every tt.dot through all operations but loads: a tt.trans on the way
-    that can reach another tt.dot is the pattern.
+    Follows values back from every tt.dot, through operations, branches and loops, but not through
+    loads: a tt.trans on the way that can reach another tt.dot is the pattern.
     """
-    made_by = {}
+    made_by, regions = collections.defaultdict(list), []    # value -> (operation, operands), ...
     for line in ttir.splitlines():
-        if match := re.match(r"\s*(%[\w#]+)(?::\d+)? = (?:\"?)([\w.]+)", line):
-            name, operation = match.groups()
-            made_by[name] = operation, re.findall(r"%\w+", line.split("=", 1)[1])
+        if line.strip() == "}" and regions:
+            regions.pop()
+        match = re.match(r"\s*(?:(%\w+)(?::\d+)? = )?\"?([a-z_]+\.[\w.]+)", line)
+        if not match:
+            continue
+        name, operation = match.groups()
+        operands = re.findall(r"%\w+(?:#\d+)?", line.split(operation, 1)[1])
+        if operation in ("scf.for", "scf.if", "scf.while"):
+            carried = re.findall(r"(%\w+) = (%[\w#]+)", line.partition("iter_args(")[2])
+            for inner, start in carried:
+                made_by[inner].append((operation, [start]))
+            regions.append((name, [inner for inner, _ in carried]))
+        elif line.rstrip().endswith("{"):
+            regions.append((None, []))                      # tt.func, tt.reduce and the like
+        elif operation == "scf.yield" and regions:
+            result, carried = regions[-1]
+            for k, operand in enumerate(operands):
+                for value in (result, f"{result}#{k}", *carried[k:k + 1]):
+                    made_by[value].append((operation, [operand]))
+        elif name:
+            made_by[name].append((operation, operands))
 
-    def reaches(value, through_transpose, seen):
-        if value in seen or value not in made_by:
+    def reaches(value, turned, seen):
+        if (value, turned) in seen:
             return False
-        seen.add(value)
-        operation, operands = made_by[value]
-        if operation == "tt.load":
-            return False
-        if operation == "tt.dot":
-            return through_transpose
-        through_transpose |= operation == "tt.trans"
-        return any(reaches(operand, through_transpose, seen) for operand in operands)
+        seen.add((value, turned))
+        return any(turned if operation == "tt.dot" else
+                   any(reaches(one, turned or operation == "tt.trans", seen) for one in operands)
+                   for operation, operands in made_by[value] if operation != "tt.load")
 
-    dots = [operands for operation, operands in made_by.values() if operation == "tt.dot"]
+    dots = [operands for made in list(made_by.values()) for operation, operands in made
+            if operation == "tt.dot"]
     return sum(reaches(operand, False, set()) for operands in dots for operand in operands[:2])
 
 
@@ -142,24 +158,37 @@ def launch_everything(h, p, g, n, packed, t=8192):
     y = ssm.gated_group_norm(y.flatten(2), z, empty(inner, **fp32), g, 1e-5)
     torch.autograd.grad(y, zxBCdt, torch.empty_like(y))
     if not packed:
-        ssm.conv_ssd_step(empty(1, channels), empty(1, h), empty(1, channels, 3),
+        ssm.conv_ssd_step(empty(1, channels), empty(1, h), empty(1, 3, channels).transpose(1, 2),
                           empty(1, h, p, n, **fp32), weight.detach(), bias, empty(h, **fp32),
                           empty(h, **fp32), empty(h, **fp32))
 
 
-def bad_kernel():
-    """Two dots, the first transposed into the second: what the check above must find."""
+def bad_kernels():
+    """A dot's result transposed into another dot, straight, by a branch and by a loop: what the
+    check above must find.
+    """
     tl = ssm.tl
 
     @triton.jit
-    def bad(a, b, out, n: tl.constexpr):
+    def bad(a, b, out, n: tl.constexpr, turns, way: tl.constexpr):
         i = tl.arange(0, n)
         at = i[:, None] * n + i[None, :]
-        product = tl.dot(tl.load(a + at), tl.load(b + at))
-        product = tl.where(i[:, None] > i[None, :], product, 0.0).to(tl.bfloat16)
-        tl.store(out + at, tl.dot(tl.trans(product), tl.load(b + at)))
+        right = tl.load(b + at)
+        product = tl.dot(tl.load(a + at), right)
+        if way == "branch":
+            if turns > 1:
+                product = product * 2
+        if way == "loop":
+            for _ in range(0, turns):
+                product = tl.dot(tl.trans(product.to(tl.bfloat16)), right)
+        else:
+            product = tl.where(i[:, None] > i[None, :], product, 0.0).to(tl.bfloat16)
+            product = tl.dot(tl.trans(product), right)
+        tl.store(out + at, product)
 
-    bad[1,](empty(64, 64), empty(64, 64), empty(64, 64, dtype=torch.float32), n=64)
+    for way in ("straight", "branch", "loop"):
+        bad[1,](empty(64, 64), empty(64, 64), empty(64, 64, dtype=torch.float32), n=64, turns=3,
+                way=way)
 
 
 def print_facts(arch, function, *arguments, **options):
@@ -173,7 +202,7 @@ def print_facts(arch, function, *arguments, **options):
 def main(arch, shapes):
     ssm.KERNEL_DEVICES, ssm.INTERPRETED = {"meta"}, True
     ssm.gpu = lambda device: (arch // 10, MULTIPROCESSORS[arch])
-    print_facts(arch, bad_kernel)
+    print_facts(arch, bad_kernels)
     for shape in shapes:
         for packed in (False, True) if shape == "9B" else (False,):
             print_facts(arch, launch_everything, *SHAPES[shape], packed=packed)

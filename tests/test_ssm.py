@@ -145,8 +145,8 @@ def test_nothing_overflows_for_dt_from_1e_minus_6_to_1000(form, dtype):
 
 
 def test_decays_gradient_survives_strong_decay():
-    """At e^-15 a token what tokens are to each other is 3e-7 of what they are to themselves, and the
-    gradient of the decays is made of that alone: terms that cancel must not be in its sums.
+    """At e^-15 a token what tokens are to each other is 3e-7 of what they are to themselves, and
+    the gradient of the decays is made of that alone: terms that cancel must not be in its sums.
     """
     leaves, _ = inputs(t=40, dtype=torch.float32)
     leaves[1] = torch.full((2, 40, 4), 0.5).requires_grad_()
