@@ -875,6 +875,9 @@ def body(run):
         if state["step"] == run.steps and train_fp8.finished_result(training):
             print(f"finished already: {folder} (--overwrite compresses anew)")
             return train_fp8.finished_result(training)
+    elif run.method == "minitron":      # an impossible budget is said before anything is measured
+        search(teacher.config, request_for(run, teacher.config), grid_for(teacher.config),
+               run.recipe != "bf16")
 
     tokenizer_json, token_data = load_text(run, teacher.config.vocab_size)
     phases = train_fp8.load_phases(training, token_data)
