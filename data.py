@@ -90,7 +90,7 @@ def run_script(body, run):
     """
     try:
         result = body(run)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:     # the last: a GPU's
         if os.environ.get("TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

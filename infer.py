@@ -1128,7 +1128,7 @@ def fit(run):
     decode, and hold the plan against what it took.
     """
     device, config = pick_device(run.device), pick_config(run)
-    dtype = pick_dtype(run.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = pick_dtype(run.dtype, device)
     kinds = dict(dtype=dtype, state_dtype=pick_state_dtype(run.state_dtype), int8=run.int8)
     context, tokens = run.context or 8192, min(run.tokens, 32)
     limit = settle_limit(run, device)
@@ -1292,7 +1292,7 @@ def bench(run):
     settings = torch.cuda.get_device_name() if device.startswith("cuda") else device
     if device == "cpu":
         settings = tune_cpu()
-    dtype = pick_dtype(run.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = pick_dtype(run.dtype, device)
     config, limit = pick_config(run), settle_limit(run, device)
     check_plan(config, limit, (run.context or 256) + 64, 1, dtype=dtype)
     bandwidth, flops = measured_bandwidth(device), measured_flops(device, dtype)
@@ -1508,11 +1508,13 @@ def pick_device(name):
     return name
 
 
-def pick_dtype(name):
-    """auto -> None (as stored), else a torch dtype by name."""
+def pick_dtype(name, device=None):
+    """A torch dtype by name; auto is None (as stored), or for a device what it computes in."""
     if name not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype is {name!r}, must be auto, float32 or bfloat16")
-    return None if name == "auto" else getattr(torch, name)
+        raise ValueError(f"dtype is {name!r}, must be auto, float32 or bfloat16")
+    if name == "auto":
+        return device and (torch.float32 if device == "cpu" else torch.bfloat16)
+    return getattr(torch, name)
 
 
 def pick_state_dtype(name):

@@ -72,8 +72,9 @@ from infer import (GIB, Measured, int8_bytes, load_run, loading_bytes, model_fin
 from model import (HybridConfig, HybridLM, layer_state, read_json, save_hf, set_parameter,
                    tune_cpu, write_json, write_text)
 from ssm import accumulator
-from train_fp8 import (RECIPES, convert_to_fp8, evaluate, from_first, gathered, make_batches,
-                       make_optimizer, rank_and_size, shard, start_processes, train_step, wsd)
+from train_fp8 import (RECIPES, check_memory, convert_to_fp8, evaluate, from_first, gathered,
+                       make_batches, make_optimizer, rank_and_size, shard, start_processes,
+                       train_step, wsd)
 
 # ------------------------------------------------------------------------------------------------
 # Importance, from forward passes
@@ -875,15 +876,18 @@ def body(run):
         if state["step"] == run.steps and train_fp8.finished_result(training):
             print(f"finished already: {folder} (--overwrite compresses anew)")
             return train_fp8.finished_result(training)
-    elif run.method == "minitron":      # an impossible budget is said before anything is measured
-        search(teacher.config, request_for(run, teacher.config), grid_for(teacher.config),
-               run.recipe != "bf16")
+    largest = teacher.config            # of what may be trained
+    if state is None and run.method == "minitron":
+        # an impossible budget is said before anything is measured
+        _, _, largest = search(teacher.config, request_for(run, teacher.config),
+                               grid_for(teacher.config), run.recipe != "bf16")[0]
 
     tokenizer_json, token_data = load_text(run, teacher.config.vocab_size)
     phases = train_fp8.load_phases(training, token_data)
     teacher.requires_grad_(False)
     print(f"teacher      {run.teacher}: {teacher.config.pattern}, "
           f"{teacher.config.n_params() / 1e6:.2f} M parameters")
+    check_memory(train_fp8.longest(phases), largest, pick_dtype(run.compute_dtype, device), device)
     matmul = None
     if device == "cpu":
         print(f"settings     {tune_cpu(state and state['matmul'])}")
@@ -942,9 +946,8 @@ def pick_compute(run, state, teacher, token_data, training, device):
     """The dtype of the matmuls: of the run that is continued, as asked, or the faster one here."""
     if state is not None:
         return getattr(torch, state["compute_dtype"])
-    asked = pick_dtype(run.compute_dtype)
-    if asked or device != "cpu":
-        return asked or torch.bfloat16
+    if run.compute_dtype != "auto" or device != "cpu":
+        return pick_dtype(run.compute_dtype, device)
     teacher.requires_grad_(True)
     dtype = train_fp8.choose_dtype(teacher, make_batches(training, token_data).next())
     teacher.requires_grad_(False)

@@ -88,8 +88,8 @@ from data import load_data, parse_flags, read_rows, run_script
 from infer import pick_device, pick_dtype
 from model import Attention, HybridConfig, HybridLM, tune_cpu, write_text
 from ssm import Linear, accumulator
-from train_fp8 import (RECIPES, NotFinite, convert_to_fp8, evaluate, make_batches, make_optimizer,
-                       recompute_activations, train_step, wsd)
+from train_fp8 import (RECIPES, NotFinite, check_memory, convert_to_fp8, evaluate, make_batches,
+                       make_optimizer, recompute_activations, train_step, wsd)
 import train_fp8
 
 # ------------------------------------------------------------------------------------------------
@@ -1124,8 +1124,8 @@ def show_list(run):
 def body(run):
     if run.list:
         return show_list(run)
-    device, dtype = pick_device(run.device), pick_dtype(run.compute_dtype)
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    device = pick_device(run.device)
+    dtype = pick_dtype(run.compute_dtype, device)
     with torch.device("meta"):          # what a cell would refuse is refused before there is one
         convert_to_fp8(HybridLM(run.config()), run.recipe, "emulated", verbose=False)
         for method in run.methods:
@@ -1143,6 +1143,8 @@ def body(run):
     announce(run, config, sweep.most())
     print(f"processes    {workers} on {device}, {str(dtype)[6:]}; {len(sweep.cells)} cells are "
           "done")
+    check_memory(dataclasses.replace(run.training(run.lr[0], run.seed), recompute=run.recompute),
+                 config, dtype, device, workers)
     sweep.begin()
     if sweep.most():
         sweep_cells(sweep, config, text, device, dtype)

@@ -60,6 +60,9 @@ tokenizer.json, metrics.jsonl, loss.png, and train_state.pt: everything that res
 file, renamed into place. Running into the same folder again continues; a folder of another run is
 refused unless --overwrite.
 
+Memory: what a step holds is predicted on the meta device, part by part, printed before anything is
+built (`check_memory`), and refused if it is more than there is; --profile-memory measures it too.
+
 Left out: an FP8 optimizer, delayed scaling, tensor and pipeline parallelism, a model too large for
 one host's memory (every process builds it whole before sharding).
 
@@ -94,6 +97,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -823,6 +827,79 @@ def choose_steps(run, model, trial):
 
 
 # ------------------------------------------------------------------------------------------------
+# Memory of a step, predicted
+
+
+class KernelAttention(TorchFunctionMode):
+    """Inside it, attention on the meta device keeps what kernels keep: q, k, v, the output and one
+    number a query. torch traces it there written out, with all (t, t) scores.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *args, is_causal=kwargs["is_causal"], attn_mask=kwargs["attn_mask"])[0]
+        return func(*args, **(kwargs or {}))
+
+
+def saved_bytes(model, tokens):
+    """Bytes that autograd keeps for the backward pass of model.loss(tokens, ...), parameters not
+    counted. On the meta device too, where it takes no memory: a prediction for any size.
+    """
+    kept, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(m):
+        storage = m.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(m)         # so that no storage's address is used twice
+        return m
+    alive = []
+    with KernelAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda m: m):
+        model.loss(tokens, tokens)
+    return sum(kept.values())
+
+
+def built_for_memory(run, config, dtype, where):
+    """(model, tokens) of one pass of a process, on a device or on "meta"."""
+    with torch.device(where):
+        model = HybridLM(config, dtype)
+    backend = run.fp8_backend if where != "meta" else "emulated"
+    convert_to_fp8(model, run.recipe, backend, pow2=run.pow2, verbose=False)
+    if run.recompute:
+        recompute_activations(model)
+    rows = run.batch_size // run.grad_accum // rank_and_size()[1]
+    return model, torch.zeros(rows, run.seq_len, dtype=torch.int64, device=where)
+
+
+def step_bytes(run, config, dtype):
+    """{part: bytes} that a training step holds on each process, predicted without memory."""
+    mine = 4 * config.n_params() // rank_and_size()[1]
+    return dict(weights=mine, gradients=mine, optimizer=2 * mine,
+                activations=saved_bytes(*built_for_memory(run, config, dtype, "meta")))
+
+
+def check_memory(run, config, dtype, device, processes=1):
+    """Prints what a training step takes on one of so many processes. Raises ValueError if that is
+    more than is free, since a machine out of memory kills without a word.
+    """
+    parts, gib = step_bytes(run, config, dtype), lambda n: f"{n / 2 ** 30:,.2f} GiB"
+    # each process builds the model whole before it keeps its share
+    need = max(sum(parts.values()), 4 * config.n_params())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    free = free_bytes(device) // (processes if device == "cpu" else 1)
+    activations = parts.pop("activations")
+    takes = (f"at least {gib(need)}: {gib(sum(parts.values()))} of weights, gradients and moments, "
+             f"{gib(activations)} of activations")
+    if need > free:
+        raise ValueError(f"{config.n_params() / 1e6:,.1f} M parameters and {run.batch_size} x "
+                         f"{run.seq_len} tokens a step take {takes}; {gib(free)} are free on "
+                         f"{device}. Less: a smaller model, --batch-size or --seq-len; in training "
+                         "also a larger --grad-accum, or --recompute")
+    print(f"memory       {takes}")
+
+
+# ------------------------------------------------------------------------------------------------
 # The run folder
 
 
@@ -1095,6 +1172,11 @@ def load_phases(run, token_data):
     return phases
 
 
+def longest(phases):
+    """The run of the phase with the longest sequences: what memory must be there for."""
+    return max((phase.run for phase in phases), key=lambda run: run.seq_len)
+
+
 def train(run, model, token_data, state=None, matmul=None, phases=None, eval_tokens=None):
     """Train model as run says, from state if given. Returns (last step, rows of metrics.jsonl).
     eval_tokens: of the validation text, at every eval_every; by default those of eight steps.
@@ -1260,7 +1342,7 @@ def compare(run):
         run = dataclasses.replace(run, steps=100)
     if device == "cpu":
         print(f"settings     {tune_cpu()}")
-    dtype = pick_dtype(run.compute_dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = pick_dtype(run.compute_dtype, device)
     config = HybridConfig.preset(run.preset, **(dict(pattern=run.pattern) if run.pattern else {}))
     token_data = load_data(run.data, run.tokenizer, config.vocab_size)
     config = dataclasses.replace(config, vocab_size=token_data.vocab_size)
@@ -1277,6 +1359,7 @@ def compare(run):
             if (arm, seed) not in cells]
     print(f"comparison   {len(ARMS)} arms x {run.seeds} seeds x {run.steps} steps of "
           f"{run.batch_size} x {run.seq_len} tokens in {str(dtype)[6:]}, {len(todo)} runs to do")
+    check_memory(run, config, dtype, device)
     if not rows:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "cells.jsonl", json.dumps(dict(settings=settings)) + "\n")
@@ -1396,51 +1479,22 @@ def demonstrate(run):
     return result
 
 
-def saved_bytes(model, tokens):
-    """Bytes that autograd keeps for the backward pass of model.loss(tokens, ...), parameters not
-    counted. On the meta device too, where it takes no memory: a prediction for any size.
-    """
-    kept, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def keep(m):
-        storage = m.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(m)         # so that no storage's address is used twice
-        return m
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda m: m):
-        model.loss(tokens, tokens)
-    return sum(kept.values())
-
-
 def profile_memory(run):
     """Bytes of a training step by part: predicted without memory, then measured on the device."""
     from infer import pick_device, pick_dtype
     device = pick_device(run.device)
-    dtype = pick_dtype(run.compute_dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = pick_dtype(run.compute_dtype, device)
     config = HybridConfig.preset(run.preset, **(dict(pattern=run.pattern) if run.pattern else {}))
-    rows = run.batch_size // run.grad_accum
-
-    def build(where):
-        with torch.device(where):
-            model = HybridLM(config, dtype)
-        backend = run.fp8_backend if where == device else "emulated"
-        convert_to_fp8(model, run.recipe, backend, pow2=run.pow2, verbose=False)
-        if run.recompute:
-            recompute_activations(model)
-        return model, torch.zeros(rows, run.seq_len, dtype=torch.int64, device=where)
-    n = config.n_params()
-    predicted = dict(weights=4 * n, gradients=4 * n, optimizer=8 * n,
-                     activations=saved_bytes(*build("meta")))
-    print(f"{config.pattern}: {n / 1e6:.2f} M parameters, {rows} x {run.seq_len} tokens, "
+    predicted = step_bytes(run, config, dtype)
+    print(f"{config.pattern}: {config.n_params() / 1e6:.2f} M parameters, "
+          f"{run.batch_size // run.grad_accum} x {run.seq_len} tokens, "
           f"{run.recipe}, compute in {str(dtype)[6:]}, {device}")
     size = lambda tensors: sum(m.numel() * m.element_size() for m in tensors)
     if 1.2 * sum(predicted.values()) > free_bytes(device):
         measured = {}
         print("it does not fit here: predicted only")
     else:
-        model, tokens = build(device)
+        model, tokens = built_for_memory(run, config, dtype, device)
         optimizer = make_optimizer(model, run.lr, run.weight_decay)
         step = lambda: model.loss(tokens, tokens).backward()
         if device == "cpu":
@@ -1528,7 +1582,8 @@ def announce(run, config, token_data, device):
 def body(run):
     from infer import generate, pick_device, pick_dtype
     start, folder = time.perf_counter(), pathlib.Path(run.out)
-    device, dtype = pick_device(run.device), pick_dtype(run.compute_dtype)
+    device = pick_device(run.device)
+    dtype, planned = pick_dtype(run.compute_dtype), pick_dtype(run.compute_dtype, device)
     rank, size = start_processes(device)
     state = open_folder(run)
     if state is not None:
@@ -1546,9 +1601,10 @@ def body(run):
     trial, phases = make_batches(run, token_data).next(), load_phases(run, token_data)
     config = dataclasses.replace(config, vocab_size=token_data.vocab_size,
                                  bos_token_id=token_data.separator)
+    announce(run, config, token_data, device)
+    check_memory(longest(phases), config, planned, device)
     torch.manual_seed(run.seed)
     model = HybridLM(config).to(device)
-    announce(run, config, token_data, device)
     convert_to_fp8(model, run.recipe, run.fp8_backend, pow2=run.pow2, amax_reduce=run.amax_reduce)
 
     matmul = None
@@ -1562,8 +1618,7 @@ def body(run):
         model.compute_dtype = getattr(torch, state["compute_dtype"])
         print(f"resuming     at step {state['step']} of {run.steps}")
     else:
-        model.compute_dtype = dtype or (torch.bfloat16 if device != "cpu" else
-                                        choose_dtype(model, trial))
+        model.compute_dtype = dtype or (planned if device != "cpu" else choose_dtype(model, trial))
     if size > 1:
         shard(model, run.float8_gather)
     if not run.steps:

@@ -332,6 +332,19 @@ def test_flags_come_from_the_dataclass(capsys):
     assert "What it does." in printed and "how many, in steps (default: 7)" in printed
 
 
+@pytest.mark.parametrize("error, code, words", [
+    (ValueError("--x is 1,\nmust be 2"), 2, "error: --x is 1, must be 2\n"),
+    (FileNotFoundError(2, "none there", "a.txt"), 2, "error: [Errno 2] none there: 'a.txt'\n"),
+    (torch.OutOfMemoryError("tried 2 GiB"), 2, "error: tried 2 GiB\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n")])
+def test_errors_of_a_script_are_one_line_and_a_code(capsys, error, code, words):
+    def body(run):
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        data.run_script(body, None)
+    assert stop.value.code == code and capsys.readouterr() == ("", words)
+
+
 def test_script_prints_statistics_and_one_json_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some words and some more words\n" * 300)
     data.main(["--data", str(tmp_path / "a.txt"), "--vocab-size", "320", "--write-shards",

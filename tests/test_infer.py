@@ -707,7 +707,7 @@ def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
     (["--tokens", "0"], "--tokens is 0"), (["--temperature", "nan"], "temperature is nan"),
     (["--temperature", "-1"], "temperature is -1.0"),
     (["--top-p", "0"], "top-p is 0.0"), (["--top-k", "-3"], "top-k is -3"),
-    (["--dtype", "fp4"], "--dtype is 'fp4'"),
+    (["--dtype", "fp4"], "dtype is 'fp4'"),
     (["--context", "3"], "tokens, the cache holds 3"),
     (["--checkpoint", "/nowhere"], "or download config.json, tokenizer.json and all *.safetensors"),
     (["--prompt", ""], "--prompt is empty"), (["--samples", "0"], "--samples is 0"),

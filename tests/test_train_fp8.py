@@ -343,6 +343,25 @@ def test_bad_flags_are_one_line(fails, text, tmp_path, flags, words):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_step_that_memory_cannot_hold_is_refused(fails, text, tmp_path, monkeypatch):
+    """At the length of the longest phase; one byte decides, and processes share what there is."""
+    phases = tmp_path / "phases.json"
+    phases.write_text('[{"fraction": 0.5}, {"fraction": 0.5, "seq_len": 64}]')
+    config = HybridConfig(pattern="M*-M-", vocab_size=272)
+    longest = Run(seq_len=64, batch_size=2)
+    needed = sum(train_fp8.step_bytes(longest, config, torch.float32).values())
+    argv = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--phases", str(phases),
+            "--steps", "2"]
+    monkeypatch.setattr(train_fp8, "free_bytes", lambda device: needed - 1)
+    words = fails(train_fp8.main, argv)
+    assert "2 x 64 tokens a step take at least" in words and "free on cpu" in words
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(train_fp8, "free_bytes", lambda device: needed)
+    train_fp8.main(argv)
+    with pytest.raises(ValueError, match="free on cpu"):
+        train_fp8.check_memory(longest, config, torch.float32, "cpu", processes=2)
+
+
 def test_a_folder_of_another_run_is_refused_and_kept(fails, text, tmp_path):
     out = tmp_path / "out"
     run_main(text, out, "--steps", "2")
@@ -643,11 +662,12 @@ def last_line(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("flags, tolerance", [([], 0.06), (["--recompute"], 0.001),
-                                              (["--recipe", "bf16"], 0.06)])
-def test_predicted_bytes_are_the_measured_ones(capsys, flags, tolerance):
+@pytest.mark.parametrize("flags", [[], ["--recompute"], ["--recipe", "bf16", "--seq-len", "1024"],
+                                   ["--recipe", "nemotron-h", "--compute-dtype", "bfloat16"]],
+                         ids=" ".join)
+def test_predicted_bytes_are_the_measured_ones(capsys, flags):
     """Weights, gradients and moments exactly (Adam's step counters aside); activations as traced on
-    the meta device, where attention keeps a little more than the CPU's kernel does.
+    the meta device with what attention's kernel keeps, which is not its (t, t) scores.
     """
     train_fp8.main(["--profile-memory", "--device", "cpu", "--compute-dtype", "float32",
                     "--batch-size", "2", "--seq-len", "64", *flags])
@@ -657,7 +677,7 @@ def test_predicted_bytes_are_the_measured_ones(capsys, flags, tolerance):
     assert predicted["weights"] == measured["weights"] == predicted["gradients"] == 4 * n
     assert measured["gradients"] == 4 * n
     assert predicted["optimizer"] == 8 * n == pytest.approx(measured["optimizer"], rel=1e-4)
-    assert predicted["activations"] == pytest.approx(measured["activations"], rel=tolerance)
+    assert predicted["activations"] == pytest.approx(measured["activations"], rel=1e-3)
 
 
 def test_a_size_that_does_not_fit_is_predicted_without_memory(capsys):
