@@ -561,10 +561,19 @@ def with_documents(tokens, labels, separator):
     return tokens.contiguous(), labels.contiguous(), seq_idx
 
 
-def validation_batches(stream, batch_size, seq_len, separator=None, limit=None):
-    """The stream in order, every token predicted once; labels are -100 where it is padded."""
-    total = len(stream) - 1 if limit is None else min(len(stream) - 1, limit)
+def validation_batches(stream, batch_size, seq_len, separator=None, limit=None, spread=False):
+    """The stream in order, every token predicted once; labels are -100 where it is padded.
+
+    limit: only so many tokens, from the beginning, or with spread in windows from all over the
+    stream, which stand for the whole better: neighbours are of one document.
+    """
+    total = len(stream) - 1
+    if limit is not None and not spread:
+        total = min(total, limit)
     starts = range(0, total, seq_len)
+    if limit is not None and spread:
+        n = min(max(limit // seq_len, 1), len(starts))
+        starts = [starts[i * len(starts) // n] for i in range(n)]
     for i in range(0, len(starts), batch_size):
         rows = np.full((len(starts[i:i + batch_size]), seq_len + 1), -100)
         for row, start in zip(rows, starts[i:i + batch_size]):

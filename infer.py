@@ -1562,8 +1562,7 @@ def plot_pipeline(base, compressed, text, path):
     from matplotlib.figure import Figure
     end, final = training[-1]["final"], recovery[-1]["final"]
     figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplot_mosaic([["pre", "cut", "memory"], ["text"] * 3],
-                                 height_ratios=[3, 2], width_ratios=[3, 3, 2])
+    axes = figure.subplot_mosaic([["pre"] * 2 + ["cut"] * 2, ["memory"] + ["text"] * 3])
     steps = [row for row in training if "loss" in row]
     seen = [row for row in steps if "val_loss" in row]
     axes["pre"].plot([row["tokens"] / 1e6 for row in steps], [row["loss"] for row in steps],
@@ -1586,20 +1585,20 @@ def plot_pipeline(base, compressed, text, path):
     won = final["recovered"]
     axes["cut"].set(title="2. cut" + (f": {won:.0%} won back" if won else ""),
                     xlabel="tokens of distillation [millions]",
-                    ylabel="loss on a part of the validation text")
+                    ylabel="validation loss [nats a token]")
     before, after = final["memory_gib_before"], final["memory_gib_after"]
     bars = axes["memory"].bar(["before", "after"], [1024 * before, 1024 * after],
                               color=["#999999", "#4c72b0"])
     axes["memory"].bar_label(bars, [f"{n / 1e6:.2f} M\nparameters" for n in
                                     (final["params_before"], final["params_after"])], padding=2)
-    axes["memory"].set(title=f"memory {after / before - 1:+.0%}", ylabel="planned memory [MiB]")
+    axes["memory"].set(title=f"3. memory {after / before - 1:+.0%}", ylabel="planned memory [MiB]")
     axes["memory"].margins(y=0.25)
     for name in ("pre", "cut"):
         axes[name].grid(alpha=0.3)
         axes[name].legend()
     axes["text"].axis("off")
-    axes["text"].set_title("3. what the compressed model writes", loc="left")
-    lines = [line[:120] for line in text.expandtabs(4).splitlines()[:12]]
+    axes["text"].set_title("4. what the compressed model writes", loc="left")
+    lines = [line[:105] for line in text.expandtabs(4).splitlines()[:16]]
     axes["text"].text(0, 1, "\n".join(lines).replace("$", r"\$"), family="monospace", fontsize=8,
                       va="top")
     figure.savefig(path, dpi=120)

@@ -959,21 +959,22 @@ def plot_architecture(config, path, context=8192):
     for i, c in enumerate(config.pattern):
         strip.bar(i, 1, width=0.9, color=colours[c])
     strip.set(xlim=(-1, len(config.pattern)), yticks=[], xlabel="layer",
-              title=f"{config.n_params() / 1e6:,.0f} M parameters: Mamba-2 blue, attention red, "
-                    f"MLP grey")
+              title=f"{len(config.pattern)} layers, {config.n_params() / 1e6:,.0f} M parameters")
     table = config.vocab_size * config.d_model
     params = {c: n * config.pattern.count(c) for c, n in config.params_by_layer().items()}
     flops = config.flops_by_part(context)
     for y, values in enumerate(({**params, "embedding": table, "head": table}, flops)):
         left, total = 0, sum(values.values())
         for part, value in values.items():
-            bars.barh(y, value / total, left=left, color=colours[part])
-            if value / total > 0.04:
-                label = f"{LAYER_NAMES.get(part, part)}\n{value / total:.0%}"
-                bars.text(left + value / total / 2, y, label, ha="center", va="center", fontsize=8)
+            bars.barh(y, value / total, left=left, color=colours[part],
+                      label=LAYER_NAMES.get(part, part) if y == 0 else None)
+            if value / total > 0.015:
+                bars.text(left + value / total / 2, y, f"{value / total:.0%}", ha="center",
+                          va="center", fontsize=9)
             left += value / total
     bars.set(yticks=[0, 1], yticklabels=["parameters", f"FLOPs a token\nat {context}"], xlim=(0, 1),
              xlabel="share of the whole")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -670,7 +670,7 @@ class Run:
     scratch: bool = True            # train the same shape from scratch, on as much of --data, too
     recipe: str = "bf16"            # FP8 recipe, as in training
     phases: str = ""                # JSON file of phases, as in training: sequence lengths, texts
-    eval_tokens: int = 24576        # of the validation text, for every figure
+    eval_tokens: int = 24576        # from all over the validation text, for every figure
     eval_every: int = 35            # steps between evaluations: the recovery table
     save_every: int = 70            # steps between checkpoints
     seed: int = 0                   # of data order and of the model from scratch
@@ -745,7 +745,7 @@ def calibration(run, token_data):
 def measure(run, model, token_data):
     """Validation loss, nats a token, on --eval-tokens."""
     return evaluate(model, token_data.validation, run.batch_size, run.seq_len,
-                    limit=run.eval_tokens)
+                    limit=run.eval_tokens, spread=True)
 
 
 def compress(run, teacher, token_data):
@@ -807,7 +807,8 @@ def rank(run, teacher, batches, scores, request, token_data):
         layers = kept[counts]
         keep = keep_best(scores, config, one, layers)
         student, limit = prune(teacher, keep), run.batch_size * run.seq_len
-        loss = evaluate(student, token_data.validation, run.batch_size, run.seq_len, limit=limit)
+        loss = evaluate(student, token_data.validation, run.batch_size, run.seq_len, limit=limit,
+                        spread=True)
         cut.append((loss, keep))
     print(f"search       {len(found)} of {len(grid)} candidates fit, {len(largest)} cut and "
           "evaluated")

@@ -504,7 +504,7 @@ class Run:
     decay: float = 0.3              # fraction of steps, at the end
     weight_decay: float = 0.1       # on matrices; none on norms, biases, A_log, D, dt_bias
     clip: float = 1.0               # largest gradient norm
-    eval_every: int = 200           # steps between evaluations on a part of the validation text
+    eval_every: int = 100           # steps between evaluations on a part of the validation text
     save_every: int = 200           # steps between checkpoints
     seed: int = 0                   # of initialisation and data order
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -754,12 +754,13 @@ def make_optimizer(model, lr, weight_decay):
 
 
 @torch.no_grad()
-def evaluate(model, stream, batch_size=8, seq_len=512, separator=None, limit=None, progress=False):
-    """Mean nats a token over the stream (or its first `limit` tokens), every token predicted
-    once.
+def evaluate(model, stream, batch_size=8, seq_len=512, separator=None, limit=None, spread=False,
+             progress=False):
+    """Mean nats a token over the stream, every token predicted once; limit and spread: over a part
+    of it, see `validation_batches`.
     """
     device, total, count = model.lm_head.weight.device, 0.0, 0
-    batches = validation_batches(stream, batch_size, seq_len, separator, limit)
+    batches = validation_batches(stream, batch_size, seq_len, separator, limit, spread)
     rank, size = rank_and_size()
     for batch in tqdm(batches, "evaluating", disable=None if progress and not rank else True,
                       leave=False):
@@ -1224,7 +1225,7 @@ def train(run, model, token_data, state=None, matmul=None, phases=None, eval_tok
             if step % run.eval_every == 0 and step < run.steps:
                 row["val_loss"] = evaluate(model, token_data.validation, run.batch_size,
                                            run.seq_len, separator if run.reset_documents else None,
-                                           limit=eval_tokens or 8 * tokens_a_step)
+                                           limit=eval_tokens or 8 * tokens_a_step, spread=True)
             metrics.write(**row)
             bar.update()
             tqdm.write(log_line(row, run.steps, tokens_a_step), file=sys.stdout)

@@ -274,6 +274,10 @@ def test_validation_predicts_every_token_once():
     limited = [labels[labels >= 0] for _, labels,
                _ in validation_batches(stream(103, (103,)), 4, 10, limit=25)]
     assert torch.cat(limited).tolist() == list(range(1, 26))
+    spread = [labels for _, labels, _ in validation_batches(stream(103, (103,)), 2, 10, limit=39,
+                                                            spread=True)]
+    assert torch.cat(spread)[:, 0].tolist() == [1, 31, 71]      # of the windows 0 to 10: 0, 3, 7
+    assert len(list(validation_batches(stream(103, (103,)), 1, 10, limit=999, spread=True))) == 11
 
 
 def test_text_too_short_for_two_windows_is_named():
