@@ -54,6 +54,9 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
 def parse_flags(cls, argv=None):
     """An instance of the dataclass cls from flags: one --flag a field, its default and the comment
     behind it.
@@ -63,18 +66,19 @@ def parse_flags(cls, argv=None):
     """
     source = inspect.getsource(cls)
     parser = OneLineParser(description=inspect.getdoc(cls), allow_abbrev=False,
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                           usage="%(prog)s [--flag VALUE ...]")
     for field in dataclasses.fields(cls):
-        comment = re.search(rf"^ *{field.name}:.*?# (.*(?:\n {{12,}}# .*)*)", source, re.M)
-        help_text = re.sub(r"\s+# |%", lambda m: "%%" if m[0] == "%" else " ",
-                           comment[1]) if comment else " "
+        comment = re.search(rf"^ *{field.name}:[^#]*# (.*(?:\n {{12,}}# .*)*)", source, re.M)[1]
+        help_text = re.sub(r"\s+# |%", lambda m: "%%" if m[0] == "%" else " ", comment)
         flag, options = "--" + field.name.replace("_", "-"), dict(field.metadata)
         default = field.default
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:
             plain = [t for t in typing.get_args(field.type) or [field.type] if t is not type(None)]
-            options["type"] = plain[0]
+            options |= dict(type=plain[0], metavar=METAVARS[plain[0]])
+        if default is not None and default is not False and default not in ("", ()):
+            help_text += " (default: %(default)s)"
         parser.add_argument(flag, dest=field.name, default=default, help=help_text, **options)
     try:
         return cls(**vars(parser.parse_args(argv)))

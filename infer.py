@@ -1420,13 +1420,13 @@ class Run:
     """Continue a prompt, chat, or plan and measure: --plan, --fit, --bench, --quality."""
 
     checkpoint: str = ""            # folder; by default out/compressed, else out/base
-    prompt: str = dataclasses.field(default="", metadata=dict(nargs="+"))   # text to go on from
-    tokens: int = 200               # most tokens to generate
+    prompt: str = dataclasses.field(default="", metadata=dict(nargs="+"))   # texts to go on from
+    tokens: int = 200               # at most so many are generated
     samples: int = 1                # continuations of every prompt, from one prefill
-    temperature: float = 0.7        # 0 is greedy
-    top_k: int = 0                  # 0 is off
-    top_p: float = 0.95             # 1 is off
-    repetition_penalty: float = 1.0     # over the last 256 tokens; 1 is off
+    temperature: float = 0.7        # of the sampling; 0 is greedy
+    top_k: int = 0                  # sample from so many of the likeliest tokens; 0 is off
+    top_p: float = 0.95             # sample from the likeliest that reach this; 1 is off
+    repetition_penalty: float = 1.0     # of the last 256 tokens; 1 is off
     stop: str = dataclasses.field(default="", metadata=dict(nargs="*"))  # strings that end the text
     stop_ids: int = dataclasses.field(default=(), metadata=dict(nargs="*"))  # ids that end the text
     seed: int = 0                   # of the sampling; sample i of a prompt has seed + i
@@ -1439,7 +1439,7 @@ class Run:
     load_state: str = ""            # go on from a state file; --prompt is appended to it
     device: str = "auto"            # auto, cuda, mps or cpu
     dtype: str = "auto"             # auto (as stored), float32 or bfloat16
-    state_dtype: str = "float32"    # of the SSM states: float32, or bfloat16 to save a little
+    state_dtype: str = "float32"    # of the Mamba states: float32, or bfloat16 to save a little
     int8: bool = False              # weights of linear layers in int8, a scale a row
     prefill_chunk: int = 0          # tokens of a prompt run at once; 0 = 1024, or what fits
     compile: bool = False           # torch.compile the decode step (on CUDA it is a graph anyway)
@@ -1452,7 +1452,7 @@ class Run:
     fit: bool = False               # build --preset with random weights and hold the plan to it
     bench: bool = False             # speed against context and batch, hybrid and transformer
     quality: bool = False           # bits a byte on --data, weights as stored and in int8
-    data: str = "stdlib"            # of --quality: as in training
+    data: str = "stdlib"            # text of --quality, as in training
 
     def __post_init__(self):
         modes = [name for name in ("plan", "fit", "bench", "quality", "chat")
@@ -1647,7 +1647,10 @@ def prepare(run, prompts):
     model = load_run(folder, device, dtype, run.int8)[0]
     print(f"{folder}: {config.pattern}, {config.n_params() / 1e6:.1f} M parameters, {device}, "
           f"{'int8 and ' if run.int8 else ''}{str(stored)[6:]}, planned "
-          f"{found['total_bytes'] / GIB:.3f} GiB for {context} tokens\n")
+          f"{found['total_bytes'] / GIB:.3f} GiB for {context} tokens")
+    if len(prompts) == 1:
+        print(f"prompt: {prompts[0] if len(prompts[0]) < 60 else prompts[0][:57] + '...'!r}")
+    print()
     return model, encoding, device, context, found["prefill_chunk"]
 
 
@@ -1680,7 +1683,8 @@ def body(run):
     print(f"\n{stats['tokens']} tokens at {rate(stats['tokens'], stats['seconds']):.0f} tokens/s, "
           f"prompt of {stats['prompt_tokens']} at "
           f"{rate(stats['prompt_tokens'], stats['prefill_seconds']):.0f} tokens/s, cache "
-          f"{stats['cache_bytes'] / 2 ** 20:.2f} MiB")
+          f"{stats['cache_bytes'] / 2 ** 20:.2f} MiB, peak {peak_bytes(device) / GIB:.3f} GiB"
+          + (", Python and libraries included" if device == "cpu" else ""))
     if not run.checkpoint and prompts == [DEFAULT_PROMPT] and isinstance(text, str):
         picture = pathlib.Path("out/pipeline.png")
         if plot_pipeline(*PIPELINE, DEFAULT_PROMPT + text, picture):

@@ -1095,8 +1095,8 @@ def main(argv=None):
         context: int = 8192         # tokens, for FLOPs and cache bytes
         out: str = "out"            # folder for the plot, model-PRESET.png
         bench: bool = False         # measure against transformers (must be installed)
-        # internal: one side's process
-        bench_child: str = dataclasses.field(default="", metadata=dict(nargs=4))
+        bench_child: str = dataclasses.field(   # one side of --bench, in a process of its own
+            default="", metadata=dict(nargs=4))
 
     def body(run):
         if run.bench_child:

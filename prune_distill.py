@@ -651,18 +651,18 @@ class Run:
 
     teacher: str = "out/base"       # run folder, or a Hugging Face folder with tokenizer.json
     data: str = "stdlib"            # text to calibrate on and to distil with, as in training
-    memory_gib: float = 0.0         # budget of weights, caches, temporaries; 0 = --keep of it
-    keep: float = 0.72              # of the teacher's bytes, when --memory-gib is 0
+    memory_gib: float = 0.0         # budget of weights, caches, temporaries; 0 = by --keep
+    keep: float = 0.72              # share of the teacher's bytes, when --memory-gib is 0
     context: int = 4096             # tokens that must fit, beside the weights
     batch: int = 1                  # sequences that must fit
-    weight_bits: int = 16           # of the deployed weights: 16, 8, or 4 (no temporaries then)
-    kv_bits: int = 16               # of the deployed caches: 16 or 8 (then states in bf16)
+    weight_bits: int = 16           # bits of a deployed weight: 16, 8, or 4 (without temporaries)
+    kv_bits: int = 16               # bits of a cached value: 16, or 8 (then states in bf16)
     method: str = "minitron"        # minitron (search by width and depth) or minipuzzle
     layer_metric: str = "logits"    # what removing a layer costs: logits, hidden or cosine
     samples: int = 48               # rows of text that importance is measured on
-    candidates: int = 3             # that are distilled a little before one is chosen
-    trial_steps: int = 12           # of that
-    steps: int = 140                # of the distillation
+    candidates: int = 3             # cuts that are distilled a little before one is chosen
+    trial_steps: int = 12           # steps of that, for each of the candidates
+    steps: int = 140                # optimizer steps of the distillation
     batch_size: int = 8             # sequences a step
     seq_len: int = 256              # tokens a sequence
     lr: float = 1.5e-3              # peak learning rate
@@ -670,7 +670,7 @@ class Run:
     scratch: bool = True            # train the same shape from scratch, on as much of --data, too
     recipe: str = "bf16"            # FP8 recipe, as in training
     phases: str = ""                # JSON file of phases, as in training: sequence lengths, texts
-    eval_tokens: int = 24576        # from all over the validation text, for every figure
+    eval_tokens: int = 24576        # tokens from all over the validation text, for a loss
     eval_every: int = 35            # steps between evaluations: the recovery table
     save_every: int = 70            # steps between checkpoints
     seed: int = 0                   # of data order and of the model from scratch
@@ -680,10 +680,10 @@ class Run:
     overwrite: bool = False         # start anew in --out even if it holds another run
     stop_after: int = 0  # leave off, resumable, after this many steps of this session; 0 = never
     list: bool = False              # what fits, for --preset, without weights
-    preset: str = ""                # of --list
-    rows: int = 10                  # that --list prints
+    preset: str = ""                # the model that --list is about; by default the 12B
+    rows: int = 10                  # candidates that --list prints
     ablate: bool = False            # importance against random and worst, KD against the rest
-    seeds: int = 3                  # of --ablate
+    seeds: int = 3                  # how many, of --ablate
     merge: str = dataclasses.field(default="", metadata=dict(nargs=2))   # two folders to average
     alpha: float = 0.5              # share of the second in --merge
 
@@ -700,9 +700,10 @@ class Run:
                                  f"one of {', '.join(allowed)}")
         if self.ablate and self.seeds < 2:
             raise ValueError(f"--seeds is {self.seeds}, must be at least 2: a mean needs a spread")
-        if not 0 <= self.memory_gib < math.inf or not 0 < self.keep <= 1:
-            raise ValueError(f"--memory-gib is {self.memory_gib}, must be positive and finite, "
-                             f"--keep is {self.keep}, must be above 0 and at most 1")
+        if not 0 <= self.memory_gib < math.inf:
+            raise ValueError(f"--memory-gib is {self.memory_gib}, must be positive and finite")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"--keep is {self.keep}, must be above 0 and at most 1")
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe is {self.recipe!r}, must be one of {', '.join(RECIPES)}")
         if not self.merge and pathlib.Path(self.out).resolve() == \
@@ -765,7 +766,9 @@ def compress(run, teacher, token_data):
         proposals = rank(run, teacher, few, scores, request, token_data)
     trial = dataclasses.replace(run.training(), recipe="bf16", phases="")
     table = []                      # masters are fp32, whatever the teacher is stored in
-    print(f"{'candidate':52s}{'params M':>9s}{'GiB':>8s}{'cut':>8s}{'trained':>9s}{'tok/s':>7s}")
+    print(f"loss, nats a token of {run.eval_tokens} from all over the validation text, straight "
+          f"after the cut and after {run.trial_steps} steps of training:\n"
+          f"{'candidate':52s}{'params M':>9s}{'GiB':>8s}{'cut':>8s}{'trained':>9s}{'tok/s':>7s}")
     for keep in proposals:
         student = prune(teacher, keep).float()
         row = dict(config=dataclasses.asdict(student.config), layers=keep.layers,
@@ -800,8 +803,9 @@ def rank(run, teacher, batches, scores, request, token_data):
         if counts not in kept:
             kept[counts], log = choose_layers(teacher, batches, dict(counts), run.layer_metric)
             if log:
-                print("depth        without " + ", ".join(f"{config.pattern[i]}{i} ({cost:.2g})"
-                                                          for i, cost in log))
+                print("layers       " + " ".join(f"{n} {letter}" for letter, n in counts)
+                      + ": without " + ", ".join(f"number {i} ({config.pattern[i]}, costs "
+                                                 f"{cost:.2g})" for i, cost in log))
     cut = []
     for (counts, _), (_, _, one) in tqdm(largest.items(), "cutting", leave=False, disable=None):
         layers = kept[counts]
@@ -877,11 +881,14 @@ def body(run):
         if state["step"] == run.steps and train_fp8.finished_result(training):
             print(f"finished already: {folder} (--overwrite compresses anew)")
             return train_fp8.finished_result(training)
-    largest = teacher.config            # of what may be trained
+    request, largest = request_for(run, teacher.config), teacher.config
+    if run.memory_gib and request.needs(teacher.config) <= request.limit:
+        raise ValueError(f"--memory-gib is {run.memory_gib:g}: the teacher fits it already, with "
+                         f"{request.needs(teacher.config) / GIB:.4g} GiB; there is nothing to cut")
     if state is None and run.method == "minitron":
         # an impossible budget is said before anything is measured
-        _, _, largest = search(teacher.config, request_for(run, teacher.config),
-                               grid_for(teacher.config), run.recipe != "bf16")[0]
+        _, _, largest = search(teacher.config, request, grid_for(teacher.config),
+                               run.recipe != "bf16")[0]
 
     tokenizer_json, token_data = load_text(run, teacher.config.vocab_size)
     phases = train_fp8.load_phases(training, token_data)
@@ -895,9 +902,9 @@ def body(run):
         matmul = torch.backends.mkldnn.matmul.fp32_precision
     teacher.compute_dtype = pick_compute(run, state, teacher, token_data, training, device)
     if state is None:
-        print(f"predicted    {run.steps + run.candidates * run.trial_steps} steps of "
-              f"{run.batch_size * run.seq_len} tokens with a teacher"
-              + (f", {run.steps} without" if run.scratch else ""))
+        print(f"to do        of {run.batch_size} x {run.seq_len} tokens: {run.trial_steps} steps "
+              f"with each of {run.candidates} candidates, {run.steps} of distillation"
+              + f", {run.steps} from scratch" * run.scratch)
         before = measure(run, teacher, token_data)
         keep, table, chosen = compress(run, teacher, token_data)
         student = prune(teacher, keep).float()
@@ -918,6 +925,8 @@ def body(run):
         train_fp8.clear_folder(training)
         write_json(plan_file, begun)
     config = HybridConfig(**begun["config"])
+    if run.loss == "kd":
+        print("distilling   loss is KL(teacher || student), val the validation loss on the text")
     step, rows = train_fp8.train(training, student, token_data, state, matmul, phases,
                                  run.eval_tokens)
     student_loss = measure(run, student, token_data) if step == run.steps else None

@@ -42,7 +42,6 @@ Choices, and where others differ
     dt = 100 at A = -16, by 6e-3 behind dt = 10000.
   * seq_idx resets at every *change*: 0 1 0 are three documents. (mamba_ssm compares values.)
     initial_states belong to the document at position 0.
-
   * The kernels (second half of the file) are checked in Triton's interpreter and by ahead-of-time
     compilation for A10G and H100. Their speed has not been measured.
 
@@ -1996,9 +1995,10 @@ def main(argv=None):
     import json
     import pathlib
     parser = argparse.ArgumentParser(description="Agreement and speed of the Mamba-2 scan's forms.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu or cuda; by default a GPU where there is one")
     parser.add_argument("--out", default="out", help="folder for ssm.png")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--quick", action="store_true", help="lengths to 1024 and one chunk size")
     parser.add_argument("--bench", action="store_true",
                         help="bytes, FLOPs, rooflines of the GPU kernels; on a GPU also times")

@@ -1010,31 +1010,32 @@ class Run:
 
     preset: str = "toy"             # toy, toy-full, stability-830m, or one of them with -hybrid
     methods: str | None = dataclasses.field(default=None, metadata=dict(
-        nargs="+"))                 # of the table, in the header's words; None = the preset's
+        nargs="+"))                 # names, as in the header of this file; by default the preset's
     lr: float | None = dataclasses.field(default=None, metadata=dict(
-        nargs="+"))                 # rates, tried in rising order; None = the preset's
-    resolution: float | None = None     # the edge is bisected to this factor; 1 = not at all
-    seeds: int | None = None        # from --seed on
+        nargs="+"))                 # rates, tried in rising order; by default the preset's
+    resolution: float | None = None     # to this factor the edge is bisected, 1 = not at all; by
+                                        # default the preset's, as of all flags without one here
+    seeds: int | None = None        # how many, from --seed on
     seed: int = 0                   # of initialisation and data order
     pattern: str = ""               # another layer pattern than the preset's
     norm: str = "layernorm"         # layernorm or rmsnorm, of what the methods add
-    steps: int | None = None        # of a cell
+    steps: int | None = None        # of a cell: one method, one rate, one seed
     batch_size: int | None = None   # sequences a step, over all accumulation steps
     grad_accum: int | None = None   # backward passes a step
     seq_len: int | None = None      # tokens a sequence
     warmup: float | None = None     # fraction of steps; the rate is constant after it
     weight_decay: float = 0.1       # on matrices
     clip: float = 1.0               # largest gradient norm
-    ratio: float = 1.05             # diverged: validation loss above this times its best
-    patience: int = 3               # for so many evaluations running
+    ratio: float = 1.05             # diverged: validation loss above its best times this
+    patience: int = 3               # diverged: that, for so many evaluations in a row
     eval_every: int = 15            # steps between evaluations
-    eval_tokens: int = 4096         # of the validation text; four times as many at the end
+    eval_tokens: int = 4096         # tokens of an evaluation; four times as many at the end
     eval_rows: int = 32             # sequences at once in evaluation
     probe_every: int = 15           # steps between probes
     recipe: str = "bf16"            # FP8 recipe, as in training; bf16: none
     recompute: bool = False         # activation checkpointing, as in training
     data: str = "stdlib"            # text to train on, as in training
-    tokenizer: str = "bpe"          # as in training
+    tokenizer: str = "bpe"          # bpe, bytes, a file or a name, as in training
     device: str = "auto"            # auto, cuda, mps or cpu
     compute_dtype: str = "auto"     # auto (float32 on a CPU, bfloat16 on a GPU), or one of them
     workers: int = 0                # processes; 0 = one a core, or a GPU

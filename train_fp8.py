@@ -513,7 +513,7 @@ class Run:
     resume: bool = False            # continue --out, and fail if there is nothing to continue
     overwrite: bool = False         # start anew in --out even if it holds another run
     compare: bool = False           # bf16 against both recipes, see --seeds; --steps 0 is 100 then
-    seeds: int = 5                  # of --compare, from --seed on
+    seeds: int = 5                  # how many, of --compare, from --seed on
     demo: bool = False              # print how FP8 fails: unscaled casts, one token x 30000
     bench: bool = False             # time the linears: the 12B's on a GPU, the toy's on a CPU
     profile_memory: bool = False    # bytes of a training step by part, predicted, then measured
@@ -1506,13 +1506,13 @@ def profile_memory(run):
                         gradients=size(p.grad for p in model.parameters()),
                         optimizer=size(m for s in optimizer.state.values() for m in s.values()),
                         activations=saved_bytes(model, tokens))
-    print(f"{'part':14s}{'predicted MB':>14s}{'measured MB':>14s}")
+    gib = lambda n: f"{n / 2 ** 30:15.3f}"
+    print(f"{'part':14s}{'predicted GiB':>15s}{'measured GiB':>15s}")
     for name, value in predicted.items():
-        real = f"{measured[name] / 1e6:14.1f}" if measured else f"{'not measured':>14s}"
-        print(f"{name:14s}{value / 1e6:14.1f}{real}")
+        print(f"{name:14s}{gib(value)}"
+              + (gib(measured[name]) if measured else f"{'not measured':>15s}"))
     total = sum(predicted.values())
-    print(f"{'sum':14s}{total / 1e6:14.1f}" + (f"{sum(measured.values()) / 1e6:14.1f}" if measured
-                                               else ""))
+    print(f"{'sum':14s}{gib(total)}" + (gib(sum(measured.values())) if measured else ""))
     return dict(predicted=predicted, measured=measured, total_bytes=total)
 
 
@@ -1656,7 +1656,9 @@ def report(run, model, token_data, rows, val_loss, start, generate):
     picture = pathlib.Path(run.out) / "loss.png"
     if rows:
         plot_loss(rows, val_loss, val_bpb, xz, picture)
-    against = "" if xz is None else f"; xz -9e needs {xz:.3f} on the same text"
+    against = "" if xz is None else (f", {abs(val_bpb / xz - 1):.1%} "
+                                     f"{'below' if val_bpb < xz else 'ABOVE'} what xz -9e needs "
+                                     f"for the same text ({xz:.3f})")
     print(f"\nvalidation   {val_loss:.4f} nats a token, {val_bpb:.4f} bits a byte{against}")
     print(f"plot         {picture}")
     model.eval()

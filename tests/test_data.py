@@ -6,12 +6,18 @@ import dataclasses
 import hashlib
 import json
 import lzma
+import re
 
 import numpy as np
 import pytest
 import torch
 
 import data
+import infer
+import model
+import prune_distill
+import stability
+import train_fp8
 from data import (PATTERN, Batches, TokenStream, bpe_json, encoding_from_json, halves, load_data,
                   make_tokenizer,
                   parse_flags, separator_id, split_documents, stdlib_documents, train_bpe,
@@ -333,7 +339,21 @@ def test_flags_come_from_the_dataclass(capsys):
     with pytest.raises(SystemExit):
         parse_flags(Flags, ["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "What it does." in printed and "how many, in steps (default: 7)" in printed
+    assert "What it does." in printed and "--steps N how many, in steps (default: 7)" in printed
+    assert "--rate X per second --loud say more --no-quiet-end" in printed.replace(
+        "--quiet-end, ", "")                        # nothing to say of a default that is none
+
+
+@pytest.mark.parametrize("script", [data, model, train_fp8, prune_distill, stability, infer])
+def test_every_flag_is_explained(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    printed = capsys.readouterr().out
+    flags = re.split(r"\n  (?=-)", printed)[2:]
+    assert len(flags) >= 5
+    for flag in flags:
+        words = re.sub(r"--?[\w-]+,?|\[.*?\]|\b(N|X|TEXT)\b", "", flag).split()
+        assert len(words) >= 2, flag
 
 
 @pytest.mark.parametrize("error, code, words", [

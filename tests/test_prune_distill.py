@@ -581,12 +581,14 @@ def test_other_ways_run(text, teacher, tmp_path, more):
 
 @pytest.mark.parametrize("more, words", [
     (["--memory-gib", "0.0001"], "nothing fits 0.0001 GiB: the smallest of"),
-    (["--teacher", "/nowhere"], "has no config.json"), (["--keep", "2"], "--keep is 2.0"),
+    (["--teacher", "/nowhere"], "has no config.json"),
+    (["--keep", "2"], "--keep is 2.0, must be above 0 and at most 1"),
     (["--method", "magic"], "must be one of minitron, minipuzzle"),
     (["--weight-bits", "5"], "--weight-bits is 5"), (["--steps", "0"], "--steps is 0"),
     (["--seq-len", "15000"], "do not fill two windows"),
     (["--list", "--preset", "huge"], "preset 'huge' is not one of"),
     (["--memory-gib", "inf"], "must be positive and finite"),
+    (["--memory-gib", "50"], "the teacher fits it already, with 0."),
     (["--memory-gib", "1e-12"], "nothing fits 0 GiB"),
     (["--recipe", "int3"], "--recipe is 'int3'"), (["--samples", "5000"], "--samples is 5000"),
     (["--method", "minipuzzle", "--keep", "0.01"], "no choice of layers and MLP width fits"),
