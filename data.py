@@ -45,6 +45,11 @@ import typing
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+
 # ------------------------------------------------------------------------------------------------
 # What every script's command line shares
 
@@ -90,7 +95,8 @@ def run_script(body, run):
     """Call body(run), print its result as the last line in JSON; errors of the user's making in one
     line, exit 2.
 
-    Set TRACEBACK=1 to see where an error came from. Ctrl-C exits with 130.
+    Set TRACEBACK=1 to see where an error came from. Ctrl-C exits with 130. Folders that body held
+    are free again.
     """
     try:
         result = body(run)
@@ -102,6 +108,9 @@ def run_script(body, run):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        while HELD:
+            os.close(HELD.popitem()[1])
     if result is not None:
         print(json.dumps(result), flush=True)
 
@@ -117,21 +126,47 @@ def read_rows(path):
     return rows
 
 
+HELD = {}       # folder -> file descriptor
+
+
+def hold_folder(folder):
+    """Keep other processes out of a run folder until the script ends, however it ends. Raises
+    FileExistsError if one is in it. (A lock on the folder itself; Windows has none of the kind.)
+    """
+    folder = pathlib.Path(folder).resolve()
+    if fcntl is None or folder in HELD or not folder.is_dir():
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FileExistsError(f"another process is at work in {folder}: wait until it ends, or "
+                              "choose another --out") from None
+    HELD[folder] = descriptor
+
+
 class StopRequest:
-    """A context in which Ctrl-C sets .asked, for a loop to end at a whole step; a second one
-    interrupts at once.
+    """A context in which Ctrl-C, or the SIGTERM of a scheduler, sets .asked, for a loop to end at a
+    whole step; a second one interrupts at once.
     """
 
     def __enter__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, *_):
         self.asked = True
-        signal.signal(signal.SIGINT, self.before)
+        self.restore()
+
+    def restore(self):
+        for number, before in self.before.items():
+            signal.signal(number, before)
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+        self.restore()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,11 +224,16 @@ def hidden(path):
     return any(part.startswith(".") for part in path.parts)
 
 
+def check_data(data):
+    """Raises FileNotFoundError for a --data that is not there."""
+    if data != "stdlib" and not pathlib.Path(data).exists():
+        raise FileNotFoundError(f"--data {data} does not exist (stdlib, a file or a folder)")
+
+
 def user_documents(data):
     """[(name, text)] of a file or of every text file below a folder. Raises if there is none."""
+    check_data(data)
     root = pathlib.Path(data)
-    if not root.exists():
-        raise FileNotFoundError(f"--data {data} does not exist (stdlib, a file or a folder)")
     if root.is_file():
         documents = read_text(root)
     else:

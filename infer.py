@@ -1052,7 +1052,7 @@ def check_plan(config, limit, context, batch, **kinds):
     if found["largest_batch"]:
         room.append(f"a batch of {found['largest_batch']} at this context fits")
     if weights > limit:
-        room = [f"the weights alone are {(weights - limit) / GIB:.3f} GiB more"]
+        room = ["the weights alone are more"]
     raise ValueError(f"{batch} x {context} tokens need {found['total_bytes'] / GIB:.3f} GiB "
                      f"(weights {weights / GIB:.3f}), {limit / GIB:.3f} GiB are there: "
                      f"{', '.join(room) or 'nothing smaller in context or batch fits'}")
@@ -1606,7 +1606,7 @@ def plot_pipeline(base, compressed, text, path):
 
 
 class Interrupt(StopRequest):
-    """Ctrl-C ends the text after the token that is being made, so that the state stays whole."""
+    """Ctrl-C or SIGTERM ends the text after the token that is being made, so that the state stays whole."""
 
     def watch(self, pieces):
         """The pieces, until Ctrl-C."""
@@ -1733,6 +1733,8 @@ def converse(run, session, settings, prompts, stats):
     """Turns: --prompt first, then lines of standard input until it ends. Turn i has seed + i. A
     second Ctrl-C in an answer ends everything, and nothing is saved.
     """
+    if END_TURN not in session.encoding.special_tokens_set:
+        print("note: this tokenizer has no token that ends a turn, so the model has seen no chats")
     chat, answers = Chat(session, run.system, settings), []
     turns = iter(prompts)
     ask = "\n> " if sys.stdin and sys.stdin.isatty() else ""

@@ -84,7 +84,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from data import load_data, parse_flags, read_rows, run_script
+from data import hold_folder, load_data, parse_flags, read_rows, run_script
 from infer import pick_device, pick_dtype
 from model import Attention, HybridConfig, HybridLM, tune_cpu, write_text
 from ssm import Linear, accumulator
@@ -535,6 +535,7 @@ class Sweep:
     def begin(self):
         """Write the file anew, without a line that was cut short."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        hold_folder(self.path.parent)
         write_text(self.path, "".join(json.dumps(row) + "\n"
                                       for row in [self.head, *self.cells.values()]))
 

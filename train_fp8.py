@@ -102,8 +102,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (Batches, StopRequest, TokenData, load_data, parse_flags, read_rows, run_script,
-                  validation_batches)
+from data import (Batches, StopRequest, TokenData, check_data, hold_folder, load_data, parse_flags,
+                  read_rows, run_script, validation_batches)
 from model import (HybridConfig, HybridLM, free_bytes, median_seconds, replace_file, save_hf,
                    tune_cpu, write_text)
 from ssm import Linear
@@ -924,6 +924,8 @@ def open_folder(run):
     """
     folder = pathlib.Path(run.out)
     state_file = folder / "train_state.pt"
+    if rank_and_size()[0] == 0:
+        hold_folder(folder)
     if run.overwrite:
         return None
     if state_file.exists():
@@ -938,6 +940,7 @@ def open_folder(run):
             raise ValueError(f"{folder / parts}, which {state_file.name} names, is missing or not "
                              "whole: restore it, or --overwrite")
         if difference:
+            check_data(run.data)        # a path mistyped is the likelier error
             raise FileExistsError(f"{folder} holds another run ({difference}): choose another "
                                   "--out, or --overwrite")
         return state
@@ -961,6 +964,7 @@ def clear_folder(run):
     """Make the folder, remove what an overwritten run left; last the state, which guards it."""
     folder = pathlib.Path(run.out)
     folder.mkdir(parents=True, exist_ok=True)
+    hold_folder(folder)
     for parts in part_folders(folder):
         shutil.rmtree(parts)
     for name in sorted(RUN_FILES, key=lambda name: name == "train_state.pt"):
@@ -1063,7 +1067,7 @@ class Metrics:
 
 
 class StopAfterStep(StopRequest):
-    """Ctrl-C asks the loop to stop after its step, and says so."""
+    """Ctrl-C or SIGTERM asks the loop to stop after its step, and says so."""
 
     def ask(self, *_):
         super().ask()
@@ -1182,9 +1186,9 @@ def train(run, model, token_data, state=None, matmul=None, phases=None, eval_tok
     """Train model as run says, from state if given. Returns (last step, rows of metrics.jsonl).
     eval_tokens: of the validation text, at every eval_every; by default those of eight steps.
 
-    Writes train_state.pt at the start, every save_every steps, on Ctrl-C and at the end, so that
-    stopping loses nothing and N + N steps equal 2N bit for bit on a CPU. Raises ValueError, and
-    keeps the last checkpoint, when the loss or the gradient is not finite.
+    Writes train_state.pt at the start, every save_every steps, on Ctrl-C or SIGTERM and at the
+    end, so that stopping loses nothing and N + N steps equal 2N bit for bit on a CPU. Raises
+    ValueError, and keeps the last checkpoint, when the loss or the gradient is not finite.
     """
     device, separator = model.lm_head.weight.device, token_data.separator
     optimizer = make_optimizer(model, run.lr, run.weight_decay)
@@ -1249,13 +1253,12 @@ def plot_loss(rows, val_loss, val_bpb, xz, path):
     """Training loss (and its running mean), validation points, and the schedule below."""
     from matplotlib.figure import Figure
     tokens = [row["tokens"] / 1e6 for row in rows]
-    smooth, mean = [], rows[0]["loss"]
-    for row in rows:
-        mean = 0.95 * mean + 0.05 * row["loss"]
-        smooth.append(mean)
+    losses, n = [row["loss"] for row in rows], len(rows) // 50      # n neighbours on each side
+    smooth = [sum(near) / len(near) for near in (losses[max(i - n, 0):i + n + 1]
+                                                 for i in range(len(rows)))]
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axis, below = figure.subplots(2, 1, height_ratios=[4, 1], sharex=True)
-    axis.plot(tokens, [row["loss"] for row in rows], color="#4c72b0", alpha=0.25, linewidth=0.8)
+    axis.plot(tokens, losses, color="#4c72b0", alpha=0.25, linewidth=0.8)
     axis.plot(tokens, smooth, color="#4c72b0", label="training, running mean")
     seen = [(row["tokens"] / 1e6, row["val_loss"]) for row in rows if "val_loss" in row]
     axis.plot(*zip(*seen, (tokens[-1], val_loss)), "o-", color="#c44e52", label="validation")

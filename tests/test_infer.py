@@ -776,7 +776,9 @@ def test_a_chat_reads_lines_until_they_end(run_folder, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", read)
     infer.main(["--checkpoint", str(run_folder), "--device", "cpu", "--chat", "--system", "s",
                 "--tokens", "5", "--think-budget", "3"])
-    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["text"]) == 2
+    printed = capsys.readouterr().out
+    assert len(json.loads(printed.splitlines()[-1])["text"]) == 2
+    assert "no token that ends a turn" in printed
 
 
 def test_ctrl_c_ends_a_stream_cleanly(run_folder, tmp_path):

@@ -665,7 +665,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_does_not_mix(swept, text, tmp_path
     assert (half / "cells.jsonl").read_text().splitlines() == again
 
 
-def test_ctrl_c_ends_the_cells_that_run(swept, text, tmp_path):
+def test_ctrl_c_ends_the_cells_that_run(swept, text, tmp_path, fails):
     """Exit code 130 at once, though the cells would take an hour; whole cells stay on file."""
     out = tmp_path / "out"
     out.mkdir()
@@ -679,6 +679,7 @@ def test_ctrl_c_ends_the_cells_that_run(swept, text, tmp_path):
     while "processes" not in started.stdout.readline():
         assert started.poll() is None, started.stderr.read()
     time.sleep(5)
+    assert "another process is at work" in fails(stability.main, command[2:])
     started.send_signal(signal.SIGINT)
     printed, errors = started.communicate(timeout=30)
     assert started.returncode == 130 and "Traceback" not in errors, errors

@@ -271,16 +271,23 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(text, tmp_path):
     assert_same_run(tmp_path / "whole", out)
 
 
-def test_ctrl_c_saves_first(text, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_first(fails, text, tmp_path, number):
+    """And while a run is at work nobody else starts in its folder, not even with --overwrite."""
     out = tmp_path / "stopped"
     process = start(text, out, "--steps", "4000", "--save-every", "100000")
     wait_for_step(process, 3)
-    process.send_signal(signal.SIGINT)
+    for more in ([], ["--overwrite"]):
+        argv = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "4000", *more]
+        assert f"another process is at work in {out}" in fails(train_fp8.main, argv)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     result = json.loads(printed.splitlines()[-1])
     assert process.returncode == 0 and "saved; the same command continues" in printed
     state = torch.load(out / "train_state.pt", weights_only=True)
     assert state["step"] == result["step"] >= 3 and load_hf(out)
+    run_main(text, out, "--steps", "4000", "--save-every", "100000", "--stop-after", "1")
+    assert torch.load(out / "train_state.pt", weights_only=True)["step"] == state["step"] + 1
 
 
 def test_a_finished_run_says_so_and_changes_nothing(text, tmp_path, capsys):
@@ -368,6 +375,8 @@ def test_a_folder_of_another_run_is_refused_and_kept(fails, text, tmp_path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     argv = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "3"]
     assert "holds another run (steps 2, now 3)" in fails(train_fp8.main, argv)
+    argv[1] = "mistyped"
+    assert "--data mistyped does not exist" in fails(train_fp8.main, argv)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     run_main(text, out, "--steps", "3", "--overwrite")
     assert torch.load(out / "train_state.pt", weights_only=True)["step"] == 3
