@@ -1606,7 +1606,7 @@ def plot_pipeline(base, compressed, text, path):
 
 
 class Interrupt(StopRequest):
-    """Ctrl-C or SIGTERM ends the text after the token that is being made, so that the state stays whole."""
+    """Ctrl-C or SIGTERM ends the text after the token that is being made: the state stays whole."""
 
     def watch(self, pieces):
         """The pieces, until Ctrl-C."""

@@ -839,7 +839,7 @@ class KernelAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *args, is_causal=kwargs["is_causal"], attn_mask=kwargs["attn_mask"])[0]
+                *args, is_causal=kwargs.get("is_causal", False), attn_mask=kwargs["attn_mask"])[0]
         return func(*args, **(kwargs or {}))
 
 

@@ -672,7 +672,8 @@ def last_line(capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--recompute"], ["--recipe", "bf16", "--seq-len", "1024"],
-                                   ["--recipe", "nemotron-h", "--compute-dtype", "bfloat16"]],
+                                   ["--recipe", "nemotron-h", "--compute-dtype", "bfloat16"],
+                                   ["--seq-len", "1"]],
                          ids=" ".join)
 def test_predicted_bytes_are_the_measured_ones(capsys, flags):
     """Weights, gradients and moments exactly (Adam's step counters aside); activations as traced on
