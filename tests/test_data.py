@@ -327,6 +327,7 @@ class Flags:
     """What it does."""
 
     steps: int = 7                  # how many, in steps
+    wait: int = 0                   # seconds before
     rate: float | None = None       # per second
     loud: bool = False              # say more
     quiet_end: bool = True          # end quietly
@@ -335,11 +336,12 @@ class Flags:
 def test_flags_come_from_the_dataclass(capsys):
     assert parse_flags(Flags, []) == Flags()
     assert parse_flags(Flags, ["--steps", "3", "--rate", "0.5", "--loud", "--no-quiet-end"]) == \
-        Flags(3, 0.5, True, False)
+        Flags(3, 0, 0.5, True, False)
     with pytest.raises(SystemExit):
         parse_flags(Flags, ["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "What it does." in printed and "--steps N how many, in steps (default: 7)" in printed
+    assert "--wait N seconds before (default: 0)" in printed
     assert "--rate X per second --loud say more --no-quiet-end" in printed.replace(
         "--quiet-end, ", "")                        # nothing to say of a default that is none
 

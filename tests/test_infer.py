@@ -693,6 +693,12 @@ def test_a_transformer_of_equal_size_has_equal_parameters():
 # The script
 
 
+def test_auto_is_as_stored_or_what_a_device_computes_in():
+    assert infer.pick_dtype("auto") is None
+    assert infer.pick_dtype("auto", "cpu") == infer.pick_dtype("float32", "cuda") == torch.float32
+    assert infer.pick_dtype("auto", "cuda") == infer.pick_dtype("bfloat16") == torch.bfloat16
+
+
 def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
     infer.main(["--checkpoint", str(run_folder), "--prompt", "def f", "--tokens", "9", "--device",
                 "cpu"])

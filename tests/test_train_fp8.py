@@ -137,6 +137,16 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(text, tmp_path):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+def test_evaluation_on_the_way_is_of_windows_from_all_over_the_text(text, tmp_path):
+    run_main(text, tmp_path / "out", "--steps", "2", "--stop-after", "1", "--eval-every", "1",
+             "--batch-size", "1", "--recipe", "bf16")
+    model, stream = load_hf(tmp_path / "out"), load_data(str(text), "bytes").validation
+    assert len(stream) > 256 + 32
+    logged = metrics(tmp_path / "out")[0]["val_loss"]
+    assert logged == pytest.approx(evaluate(model, stream, 1, 32, limit=256, spread=True), rel=1e-5)
+    assert logged != pytest.approx(evaluate(model, stream, 1, 32, limit=256), rel=1e-5)
+
+
 def test_evaluation_of_a_uniform_model_is_log_v_and_bits_follow():
     """A head of zeros predicts 1 / v everywhere: ln v nats a token, however the windows fall."""
     import numpy as np
