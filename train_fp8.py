@@ -27,8 +27,8 @@ Emulation, on any device: the operands are rounded to the FP8 grid and multiplie
 where the CPU has it, at 50 dB and more from the fp32 product). Products of two codes are exact in
 fp32, so this is what the hardware computes, up to accumulation: Hopper's tensor cores keep fewer
 bits with fast accumulation (on in nemotron-h's forward), and emulation cannot show that, nor speed.
-Its price is 2% (nemotron-h) and 10% (nano2) of the toy's training step in fp32, as rounding is one
-addition (`round_to_grid`) and the rows being worked on stay in the cache. The real GEMMs
+Its price is 2 to 8% (nemotron-h) and 10 to 18% (nano2) of the toy's training step, as rounding is
+one addition (`round_to_grid`) and the rows being worked on stay in the cache. The real GEMMs
 (--fp8-backend hopper) follow cuBLASLt's documented layouts and have not been run: not measured.
 
 We differ from nanochat's fp8.py (one recipe, codes kept for nemotron-h alone; here x is kept in
@@ -83,6 +83,7 @@ import pathlib
 import shutil
 import sys
 import time
+import types
 import warnings
 from typing import NamedTuple
 
@@ -515,7 +516,7 @@ class Run:
     compare: bool = False           # bf16 against both recipes, see --seeds; --steps 0 is 100 then
     seeds: int = 5                  # how many, of --compare, from --seed on
     demo: bool = False              # print how FP8 fails: unscaled casts, one token x 30000
-    bench: bool = False             # time the linears: the 12B's on a GPU, the toy's on a CPU
+    bench: bool = False             # time linears (the 12B's on a GPU, else the toy's) and a step
     profile_memory: bool = False    # bytes of a training step by part, predicted, then measured
     stop_after: int = 0  # leave off, resumable, after this many steps of this session; 0 = never
 
@@ -1519,11 +1520,34 @@ def profile_memory(run):
     return dict(predicted=predicted, measured=measured, total_bytes=total)
 
 
+def bench_steps(run, preset, device, dtype):
+    """{arm: seconds} of a whole training step of a preset, medians of 21 in turn, and a table."""
+    config, steps, seconds = HybridConfig.preset(preset), {}, {}
+    tokens = torch.randint(config.vocab_size, (run.batch_size, run.seq_len))
+    batches = types.SimpleNamespace(next=lambda: (tokens, tokens, None))
+    for arm in RECIPES:
+        model = convert_to_fp8(HybridLM(config, dtype).to(device), arm, run.fp8_backend,
+                               verbose=False)
+        optimizer = make_optimizer(model, run.lr, run.weight_decay)
+        steps[arm] = functools.partial(train_step, model, optimizer, batches, run, run.lr, device)
+    for _ in range(21):
+        for arm, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds.setdefault(arm, []).append(time.perf_counter() - start)
+    median = {arm: sorted(each)[len(each) // 2] for arm, each in seconds.items()}
+    print(f"a training step of {preset}, {run.batch_size} x {run.seq_len} tokens in "
+          f"{str(dtype)[6:]}: " + ", ".join(
+              f"{'no FP8' if arm == 'bf16' else arm} {1e3 * s:.0f} ms ({s / median['bf16']:.2f}x)"
+              for arm, s in median.items()))
+    return median
+
+
 def bench(run):
     """Each kind of linear of a preset: seconds of the forward and the two gradient GEMMs in high
-    precision and in both recipes, quantisation included.
+    precision and in both recipes, quantisation included; then a whole step of a small preset.
     """
-    from infer import pick_device
+    from infer import pick_device, pick_dtype
     device = pick_device(run.device)
     preset = run.preset if run.preset != "toy" or device == "cpu" else "nemotron-nano-12b-v2"
     tokens = 8192 if device == "cuda" else run.batch_size * run.seq_len
@@ -1534,7 +1558,7 @@ def bench(run):
         if isinstance(m, Linear) and m is not model.lm_head:
             shapes.setdefault(name.split(".")[-1], (m.out_features, m.in_features))
     print(f"settings     {tune_cpu()}" if device == "cpu" else torch.cuda.get_device_name())
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = pick_dtype(run.compute_dtype, device)
     arms = {str(dtype)[6:]: None} | {name: r for name, r in RECIPES.items() if r}
     print(f"{preset}, {tokens} tokens, {device}: milliseconds (TFLOP/s) of forward, input "
           "gradient, weight gradient; then all three against the first row")
@@ -1564,7 +1588,8 @@ def bench(run):
             print(f"{name:10s}{f'{n} x {k}':>15s}  {arm:11s}" + "".join(
                 f"{1e3 * s:9.2f} ({2e-12 * tokens * n * k / s:6.2f})" for s in seconds)
                 + f"{sum(first) / sum(seconds):8.2f}x")
-    return dict(device=device, preset=preset, tokens=tokens, seconds=table)
+    step = bench_steps(run, "small" if device == "cuda" else "toy", device, dtype)
+    return dict(device=device, preset=preset, tokens=tokens, seconds=table, step=step)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -707,6 +707,14 @@ def test_a_size_that_does_not_fit_is_predicted_without_memory(capsys):
     assert result["measured"] == {} and result["predicted"]["weights"] == 4 * 56_324_350_464
 
 
+def test_bench_times_each_arm_of_linears_and_of_a_step(capsys):
+    train_fp8.main(["--bench", "--device", "cpu", "--batch-size", "1", "--seq-len", "16"])
+    result = last_line(capsys)
+    assert set(result["step"]) == set(train_fp8.RECIPES)
+    rows = [*result["seconds"]["in_proj"].values(), result["step"].values()]
+    assert len(rows) == 4 and all(s > 0 for row in rows for s in row)
+
+
 COMPARE = ["--compare", "--seeds", "2", "--steps", "2", *SMALL]
 
 
