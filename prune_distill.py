@@ -856,6 +856,50 @@ def cut_cost(teacher, batches, scores, mlp_dim):
                for tokens in batches)
 
 
+def earlier(run, training, settings):
+    """(the state to go on from, what compression.json keeps of its begin), or (None, None). Raises
+    FileExistsError if --out holds another compression.
+    """
+    state, folder = train_fp8.open_folder(training), pathlib.Path(run.out)
+    if state is None:
+        return None, None
+    begun = read_json(folder / "compression.json")
+    if begun.get("settings") != settings:
+        theirs = (begun.get("settings") or {}).get("teacher")
+        what = "another teacher" if theirs != settings["teacher"] else "other settings"
+        raise FileExistsError(f"{folder} holds a compression of {what}: choose another --out, or "
+                              "--overwrite")
+    return state, begun
+
+
+def largest_student(run, config):
+    """The largest configuration that the budget leaves room for, of a teacher's; for MiniPuzzle,
+    which finds its own, the teacher's. Raises ValueError for a budget that nothing fits, or that
+    the teacher does.
+    """
+    request = request_for(run, config)
+    if run.memory_gib and request.needs(config) <= request.limit:
+        raise ValueError(f"--memory-gib is {run.memory_gib:g}: the teacher fits it already, with "
+                         f"{request.needs(config) / GIB:.4g} GiB; there is nothing to cut")
+    if run.method == "minipuzzle":
+        return config
+    return search(config, request, grid_for(config), run.recipe != "bf16")[0][2]
+
+
+def begin(run, teacher, token_data, settings):
+    """(the student, cut and not yet distilled; what compression.json keeps of it)."""
+    print(f"to do        of {run.batch_size} x {run.seq_len} tokens: {run.trial_steps} steps "
+          f"with each of {run.candidates} candidates, {run.steps} of distillation"
+          + f", {run.steps} from scratch" * run.scratch)
+    before = measure(run, teacher, token_data)
+    keep, table, chosen = compress(run, teacher, token_data)
+    student = prune(teacher, keep).float()
+    return student, dict(
+        settings=settings, config=dataclasses.asdict(student.config), layers=keep.layers,
+        candidates=table, chosen=chosen, teacher_val_loss=before,
+        pruned_val_loss=table[chosen]["cut"])
+
+
 def body(run):
     if run.list:
         return show_list(run)
@@ -866,30 +910,16 @@ def body(run):
     if run.ablate:
         return ablate(run, device)
     start, folder, training = time.perf_counter(), pathlib.Path(run.out), run.training()
-    plan_file = folder / "compression.json"
-    state = train_fp8.open_folder(training)
     teacher, _ = load_run(run.teacher, device)
     settings = {k: v for k, v in dataclasses.asdict(run).items() if k not in NOT_SETTINGS}
     settings["teacher"] = model_fingerprint(teacher)
-    if state is not None:
-        begun = read_json(plan_file)
-        if begun.get("settings") != settings:
-            theirs = (begun.get("settings") or {}).get("teacher")
-            what = "another teacher" if theirs != settings["teacher"] else "other settings"
-            raise FileExistsError(f"{folder} holds a compression of {what}: choose another --out, "
-                                  "or --overwrite")
-        if state["step"] == run.steps and train_fp8.finished_result(training):
-            print(f"finished already: {folder} (--overwrite compresses anew)")
-            return train_fp8.finished_result(training)
-    request, largest = request_for(run, teacher.config), teacher.config
-    if run.memory_gib and request.needs(teacher.config) <= request.limit:
-        raise ValueError(f"--memory-gib is {run.memory_gib:g}: the teacher fits it already, with "
-                         f"{request.needs(teacher.config) / GIB:.4g} GiB; there is nothing to cut")
-    if state is None and run.method == "minitron":
-        # an impossible budget is said before anything is measured
-        _, _, largest = search(teacher.config, request, grid_for(teacher.config),
-                               run.recipe != "bf16")[0]
+    state, begun = earlier(run, training, settings)
+    if state and state["step"] == run.steps and train_fp8.finished_result(training):
+        print(f"finished already: {folder} (--overwrite compresses anew)")
+        return train_fp8.finished_result(training)
 
+    # What is too large, or nowhere, is said before anything is measured.
+    largest = HybridConfig(**begun["config"]) if state else largest_student(run, teacher.config)
     tokenizer_json, token_data = load_text(run, teacher.config.vocab_size)
     phases = train_fp8.load_phases(training, token_data)
     teacher.requires_grad_(False)
@@ -902,15 +932,7 @@ def body(run):
         matmul = torch.backends.mkldnn.matmul.fp32_precision
     teacher.compute_dtype = pick_compute(run, state, teacher, token_data, training, device)
     if state is None:
-        print(f"to do        of {run.batch_size} x {run.seq_len} tokens: {run.trial_steps} steps "
-              f"with each of {run.candidates} candidates, {run.steps} of distillation"
-              + f", {run.steps} from scratch" * run.scratch)
-        before = measure(run, teacher, token_data)
-        keep, table, chosen = compress(run, teacher, token_data)
-        student = prune(teacher, keep).float()
-        begun = dict(settings=settings, config=dataclasses.asdict(student.config),
-                     layers=keep.layers, candidates=table, chosen=chosen, teacher_val_loss=before,
-                     pruned_val_loss=table[chosen]["cut"])
+        student, begun = begin(run, teacher, token_data, settings)
     else:
         student = HybridLM(HybridConfig(**begun["config"])).to(device)
     student.requires_grad_(True).train()
@@ -923,7 +945,7 @@ def body(run):
         shard(student)
     if state is None and rank_ == 0:
         train_fp8.clear_folder(training)
-        write_json(plan_file, begun)
+        write_json(folder / "compression.json", begun)
     config = HybridConfig(**begun["config"])
     if run.loss == "kd":
         print("distilling   loss is KL(teacher || student), val the validation loss on the text")

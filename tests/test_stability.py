@@ -272,7 +272,7 @@ def test_the_gradient_flows_through_sigma():
     expected = torch.autograd.grad(truth, [W, m.g])
     assert_close(torch.autograd.grad((m(W) * weight).sum(), [W, m.g]), expected, ["dW", "dg"],
                  1e-10)
-    assert float((expected[0] * W).sum().detach()) == pytest.approx(0, abs=1e-12)    # scale of W: no matter
+    assert float((expected[0] * W).sum().detach()) == pytest.approx(0, abs=1e-12)    # no scale of W
 
 
 def test_methods_combine_with_fp8_and_with_recomputing():
