@@ -130,8 +130,9 @@ HELD = {}       # folder -> file descriptor
 
 
 def hold_folder(folder):
-    """Keep other processes out of a run folder until the script ends, however it ends. Raises
-    FileExistsError if one is in it. (A lock on the folder itself; Windows has none of the kind.)
+    """Keep this machine's other processes out of a run folder until the script ends, however it
+    ends. Raises FileExistsError if one is in it. A lock on the folder itself: where the system or
+    the file system has none, nobody is kept out.
     """
     folder = pathlib.Path(folder).resolve()
     if fcntl is None or folder in HELD or not folder.is_dir():
@@ -143,6 +144,8 @@ def hold_folder(folder):
         os.close(descriptor)
         raise FileExistsError(f"another process is at work in {folder}: wait until it ends, or "
                               "choose another --out") from None
+    except OSError:             # a file system without locks
+        pass
     HELD[folder] = descriptor
 
 
@@ -608,8 +611,9 @@ def with_documents(tokens, labels, separator):
 def validation_batches(stream, batch_size, seq_len, separator=None, limit=None, spread=False):
     """The stream in order, every token predicted once; labels are -100 where it is padded.
 
-    limit: only so many tokens, from the beginning, or with spread in windows from all over the
-    stream, which stand for the whole better: neighbours are of one document.
+    limit: only so many tokens, from the beginning; or with spread as many whole windows, one at
+    least, from all over the stream, which stand for the whole better: neighbours are of one
+    document.
     """
     total = len(stream) - 1
     if limit is not None and not spread:

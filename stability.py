@@ -1138,6 +1138,7 @@ def body(run):
     settings = {name: getattr(run, name) for name in SETTINGS}
     settings |= dict(config=dataclasses.asdict(config), dtype=str(dtype)[6:],
                      text=text.fingerprint)
+    hold_folder(run.out)
     sweep = Sweep(run, settings, unigram_loss(text, run.eval_tokens))
     count = dict(cuda=torch.cuda.device_count(), cpu=os.cpu_count()).get(device, 1)
     workers = min(run.workers or count, max(sweep.most(), 1))

@@ -406,13 +406,13 @@ class Float8Linear(Linear):
 
 
 def pick_backend(name, recipe, device):
-    """"emulated" or "hopper". auto: emulated on a CPU, else what the GPU has, never silently less.
+    """"emulated" or "hopper". auto: what a CUDA GPU has, never silently less, elsewhere emulated.
 
     Raises ValueError where the GPU lacks what the recipe needs.
     """
     if name not in ("auto", "emulated", "hopper"):
         raise ValueError(f"--fp8-backend is {name!r}, must be auto, emulated or hopper")
-    if name == "emulated" or (name == "auto" and device == "cpu"):
+    if name == "emulated" or (name == "auto" and device != "cuda"):
         return "emulated"
     if device != "cuda":
         raise ValueError(f"--recipe {recipe} on {device}: it has no FP8 matmul; --fp8-backend "
@@ -488,7 +488,7 @@ class Run:
     tokenizer: str = "bpe"          # bpe, bytes, a tokenizer.json, or a tiktoken name (downloads)
     reset_documents: bool = False  # nothing crosses a document border: scan, convolution, attention
     recipe: str = "nano2"           # bf16, nemotron-h (one scale a tensor) or nano2 (blocks)
-    fp8_backend: str = "auto"       # auto, emulated or hopper (auto on a GPU never emulates)
+    fp8_backend: str = "auto"       # auto, emulated or hopper (auto never emulates on a CUDA GPU)
     pow2: bool = False              # round FP8 scales down to powers of two
     amax_reduce: bool = False       # nemotron-h: scales over all processes, not each its own
     phases: str = ""                # JSON file: a list of {"fraction", "data", "seq_len", "lr"}
@@ -833,8 +833,9 @@ def choose_steps(run, model, trial):
 
 
 class KernelAttention(TorchFunctionMode):
-    """Inside it, attention on the meta device keeps what kernels keep: q, k, v, the output and one
-    number a query. torch traces it there written out, with all (t, t) scores.
+    """Inside it, attention on the meta device keeps what kernels keep (a CPU's, a GPU's for 16-bit
+    inputs): q, k, v, the output and one number a query. torch traces it there written out, with all
+    (t, t) scores.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -886,18 +887,26 @@ def check_memory(run, config, dtype, device, processes=1):
     more than is free, since a machine out of memory kills without a word.
     """
     parts, gib = step_bytes(run, config, dtype), lambda n: f"{n / 2 ** 30:,.2f} GiB"
-    # each process builds the model whole before it keeps its share
-    need = max(sum(parts.values()), 4 * config.n_params())
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    free = free_bytes(device) // (processes if device == "cpu" else 1)
-    activations = parts.pop("activations")
+    need, activations = sum(parts.values()), parts.pop("activations")
     takes = (f"at least {gib(need)}: {gib(sum(parts.values()))} of weights, gradients and moments, "
              f"{gib(activations)} of activations")
-    if need > free:
-        raise ValueError(f"{config.n_params() / 1e6:,.1f} M parameters and {run.batch_size} x "
-                         f"{run.seq_len} tokens a step take {takes}; {gib(free)} are free on "
-                         f"{device}. Less: a smaller model, --batch-size or --seq-len; in training "
-                         "also a larger --grad-accum, or --recompute")
+    if rank_and_size()[1] > 1:          # all build the model whole before they keep their shares,
+        whole = 4 * config.n_params()   # and on a CPU run it, to choose a dtype
+        whole += whole + activations if device == "cpu" else 0
+        takes += f"; before it is shared out, {gib(whole)}"
+        need = max(need, whole)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    # on the way to a GPU the model is in the host's memory, once for each of its processes
+    for needs, where in ((need * processes if device == "cpu" else need, device),
+                         (4 * config.n_params() * processes, "cpu")):
+        free = free_bytes(where)
+        if needs > free:
+            raise ValueError(
+                f"{config.n_params() / 1e6:,.1f} M parameters and {run.batch_size} x {run.seq_len} "
+                f"tokens a step take {takes}. On {where} {gib(needs)} are wanted"
+                + f" by {processes} processes" * (processes > 1) + f", {gib(free)} are free. Less: "
+                "a smaller model, --batch-size or --seq-len; in training also a larger "
+                "--grad-accum, or --recompute")
     print(f"memory       {takes}")
 
 
@@ -966,6 +975,9 @@ def clear_folder(run):
     folder = pathlib.Path(run.out)
     folder.mkdir(parents=True, exist_ok=True)
     hold_folder(folder)
+    if not run.overwrite and any((folder / name).exists() for name in RUN_FILES):
+        raise FileExistsError(f"{folder} was filled by another run since this one began: choose "
+                              "another --out, or --overwrite")
     for parts in part_folders(folder):
         shutil.rmtree(parts)
     for name in sorted(RUN_FILES, key=lambda name: name == "train_state.pt"):
@@ -1352,6 +1364,7 @@ def compare(run):
     token_data = load_data(run.data, run.tokenizer, config.vocab_size)
     config = dataclasses.replace(config, vocab_size=token_data.vocab_size)
     folder = pathlib.Path(run.out)
+    hold_folder(folder)
     settings = {k: v for k, v in dataclasses.asdict(run).items() if k in COMPARE_SETTINGS}
     settings |= dict(dtype=str(dtype)[6:], sha256=token_data.fingerprint["sha256"])
     rows = [] if run.overwrite else read_rows(folder / "cells.jsonl")
@@ -1367,6 +1380,7 @@ def compare(run):
     check_memory(run, config, dtype, device)
     if not rows:
         folder.mkdir(parents=True, exist_ok=True)
+        hold_folder(folder)
         write_text(folder / "cells.jsonl", json.dumps(dict(settings=settings)) + "\n")
     for arm, seed in tqdm(todo, "runs", disable=None):
         cell = train_cell(run, arm, seed, config, token_data, device, dtype)
@@ -1523,6 +1537,7 @@ def profile_memory(run):
 def bench_steps(run, preset, device, dtype):
     """{arm: seconds} of a whole training step of a preset, medians of 21 in turn, and a table."""
     config, steps, seconds = HybridConfig.preset(preset), {}, {}
+    run = dataclasses.replace(run, grad_accum=1)
     tokens = torch.randint(config.vocab_size, (run.batch_size, run.seq_len))
     batches = types.SimpleNamespace(next=lambda: (tokens, tokens, None))
     for arm in RECIPES:

@@ -371,11 +371,11 @@ def test_a_step_that_memory_cannot_hold_is_refused(fails, text, tmp_path, monkey
             "--steps", "2"]
     monkeypatch.setattr(train_fp8, "free_bytes", lambda device: needed - 1)
     words = fails(train_fp8.main, argv)
-    assert "2 x 64 tokens a step take at least" in words and "free on cpu" in words
+    assert "2 x 64 tokens a step take at least" in words and "On cpu" in words
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(train_fp8, "free_bytes", lambda device: needed)
     train_fp8.main(argv)
-    with pytest.raises(ValueError, match="free on cpu"):
+    with pytest.raises(ValueError, match="by 2 processes, .* are free"):
         train_fp8.check_memory(longest, config, torch.float32, "cpu", processes=2)
 
 
@@ -390,6 +390,36 @@ def test_a_folder_of_another_run_is_refused_and_kept(fails, text, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     run_main(text, out, "--steps", "3", "--overwrite")
     assert torch.load(out / "train_state.pt", weights_only=True)["step"] == 3
+
+
+def test_a_folder_that_filled_meanwhile_is_refused_and_kept(fails, text, tmp_path, monkeypatch):
+    """Another run may come and end between the first look and the first write."""
+    out, clear = tmp_path / "out", train_fp8.clear_folder
+
+    def late(run):
+        out.mkdir()
+        (out / "model.safetensors").write_text("precious")
+        clear(run)
+    monkeypatch.setattr(train_fp8, "clear_folder", late)
+    argv = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "1"]
+    assert "was filled by another run since" in fails(train_fp8.main, argv)
+    assert (out / "model.safetensors").read_text() == "precious"
+
+
+def test_the_model_must_fit_the_host_on_its_way_to_a_gpu(monkeypatch):
+    """Once for each process there; and of several the whole model must fit each GPU."""
+    config, sizes = HybridConfig(pattern="M*-M-", vocab_size=272), Run(seq_len=64, batch_size=2)
+    whole = 4 * config.n_params()
+    free = {"cuda": 10 ** 12, "cpu": 8 * whole}
+    monkeypatch.setattr(train_fp8, "free_bytes", free.get)
+    check = lambda n: train_fp8.check_memory(sizes, config, torch.bfloat16, "cuda", n)
+    check(8)
+    with pytest.raises(ValueError, match="On cpu .* by 9 processes"):
+        check(9)
+    monkeypatch.setattr(train_fp8, "rank_and_size", lambda: (0, 2))
+    free["cuda"] = whole - 1
+    with pytest.raises(ValueError, match="before it is shared out, .* On cuda"):
+        check(2)
 
 
 def test_a_folder_that_training_did_not_make_is_refused(fails, text, tmp_path):
