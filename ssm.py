@@ -525,8 +525,8 @@ def gated_group_norm(y, z, weight, n_groups, eps):
     """Gate, then RMSNorm each of n_groups slices, then weight: y, z (..., d) -> (..., d) in y's
     dtype.
 
-    The order and the groups both matter: with one group the difference is invisible, and every
-    Mamba-2 checkpoint before Nemotron-H had one. weight (d,); eps float.
+    The order and the groups both matter, and a wrong grouping is invisible with one group, as the
+    first Mamba-2 checkpoints have it. weight (d,); eps float.
     """
     if y.shape[-1] % n_groups:
         raise ValueError(f"{y.shape[-1]} channels cannot form {n_groups} groups of equal size")
