@@ -894,15 +894,24 @@ def resident_bytes(peak=False):
             return int(line.split()[1]) * 1024
 
 
+CONTAINER = pathlib.Path("/sys/fs/cgroup")      # inside one, its own limits (cgroup v2)
+
+
 def free_bytes(device="cpu"):
-    """Memory that this process could take now: of the GPU, or of the machine."""
+    """Memory that this process could take now: of the GPU, or of the machine or container."""
     if str(device).startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
     except (OSError, StopIteration):        # not Linux: no limit is known
         return 2 ** 62
+    try:
+        limit = int((CONTAINER / "memory.max").read_text())
+        used = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        return max(min(free, limit - int(used["anon"])), 0)
+    except (OSError, ValueError):           # no container, or one without a limit ("max")
+        return free
 
 
 def reset_peak():

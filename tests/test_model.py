@@ -559,6 +559,16 @@ def test_cpu_settings_are_exact_reported_and_restorable():
 
 
 
+def test_free_memory_is_a_containers_where_there_is_one(tmp_path, monkeypatch):
+    """Its limit less what is in use and cannot be dropped; page cache can."""
+    monkeypatch.setattr(model_file, "CONTAINER", tmp_path)
+    machine = model_file.free_bytes()
+    (tmp_path / "memory.stat").write_text("anon 1000\nfile 900\n")
+    for limit, expected in (("max", machine), ("5000", 4000), ("800", 0)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        assert model_file.free_bytes() == pytest.approx(expected, rel=0.1)
+
+
 def test_script_describes_a_preset(tmp_path, capsys):
     model_file.main(["--preset", "nemotron-nano-9b-v2", "--context", "131072", "--out",
                      str(tmp_path)])
