@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import lzma
+import os
 import re
 
 import numpy as np
@@ -369,6 +370,35 @@ def test_errors_of_a_script_are_one_line_and_a_code(capsys, error, code, words):
     with pytest.raises(SystemExit) as stop:
         data.run_script(body, None)
     assert stop.value.code == code and capsys.readouterr() == ("", words)
+
+
+def test_a_folder_is_held_until_the_script_ends(tmp_path, monkeypatch):
+    """By one descriptor a folder; a file system or a system without locks keeps nobody out."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def free():
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def body(run):
+        data.hold_folder(tmp_path)
+        data.hold_folder(tmp_path / "." / "")
+        assert not free() and len(data.HELD) == 1
+    data.run_script(body, None)
+    assert free() and not data.HELD
+
+    def refuses(*_):
+        raise OSError(95, "not supported")
+    monkeypatch.setattr(data.fcntl, "flock", refuses)
+    data.run_script(lambda run: data.hold_folder(tmp_path), None)
+    monkeypatch.setattr(data, "fcntl", None)
+    data.run_script(lambda run: data.hold_folder(tmp_path), None)
 
 
 def test_script_prints_statistics_and_one_json_line(tmp_path, capsys):

@@ -748,6 +748,15 @@ def test_bench_times_each_arm_of_linears_and_of_a_step(capsys):
 COMPARE = ["--compare", "--seeds", "2", "--steps", "2", *SMALL]
 
 
+def test_a_comparison_holds_its_folder(fails, text, tmp_path):
+    fcntl, argv = pytest.importorskip("fcntl"), [*COMPARE, "--data", str(text), "--out"]
+    (tmp_path / "cells.jsonl").write_text('{"settings": "others"}\n')
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert "another process is at work" in fails(train_fp8.main, [*argv, str(tmp_path)])
+    os.close(descriptor)
+
+
 def test_a_comparison_pairs_runs_and_goes_on_where_it_stopped(fails, text, tmp_path, capsys):
     flags = [*COMPARE, "--data", str(text), "--out", str(tmp_path / "out")]
     train_fp8.main(flags)
