@@ -1,6 +1,6 @@
 """Every kernel of ssm.py, compiled for GPUs that are not there, and what the compiler made of it.
 
-    python tests/aot.py 86 9B 8B            A10G; a JSON line a kernel      40 s
+    python tests/aot.py 86 9B 8B            A10G; a JSON line per kernel    40 s
     python tests/aot.py 90 9B 8B 56B        H100
 
 A driver that only answers "which GPU?" stands in for CUDA and every launch stops after compiling,
@@ -32,7 +32,6 @@ from triton.runtime.jit import JITFunction
 import ssm
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MULTIPROCESSORS = {86: 80, 90: 132}
 SHAPES = {"9B": (128, 80, 8, 128), "8B": (128, 64, 8, 128), "56B": (256, 64, 8, 256)}  # h, p, g, n
 
 
@@ -85,38 +84,55 @@ def transposed_accumulators(ttir):
     """Dots with an operand that is a transposed dot result, in whatever way it came there.
 
     Follows values back from every tt.dot, through operations, branches and loops, but not through
-    loads: a tt.trans on the way that can reach another tt.dot is the pattern.
+    loads: a tt.trans on the way that can reach another tt.dot is the pattern. A name means what its
+    region or one around it gave it: regions side by side use the same names again.
     """
-    made_by, regions = collections.defaultdict(list), []    # value -> (operation, operands), ...
-    for line in ttir.splitlines():
-        if line.strip() == "}" and regions:
-            regions.pop()
+    made_by = collections.defaultdict(list)                 # value -> (operation, operands), ...
+    regions = [(None, [], {})]                              # result, carried values, names inside
+
+    def define(name):
+        value = regions[-1][2][name] = f"{name} of line {number}"
+        return value
+
+    def resolve(operand):
+        name, _, k = operand.partition("#")
+        value = next((names[name] for _, _, names in reversed(regions) if name in names), name)
+        return value + f"#{k}" * bool(k)
+
+    for number, line in enumerate(ttir.splitlines()):
+        if line.strip().startswith("}") and len(regions) > 1:
+            closed = regions.pop()
+            if line.rstrip().endswith("else {"):
+                regions.append((closed[0], [], {}))
         match = re.match(r"\s*(?:(%\w+)(?::\d+)? = )?\"?([a-z_]+\.[\w.]+)", line)
         if not match:
             continue
         name, operation = match.groups()
-        operands = re.findall(r"%\w+(?:#\d+)?", line.split(operation, 1)[1])
+        operands = [resolve(m) for m in re.findall(r"%\w+(?:#\d+)?", line.split(operation, 1)[1])]
+        value = define(name) if name else None
         if operation in ("scf.for", "scf.if", "scf.while"):
             carried = re.findall(r"(%\w+) = (%[\w#]+)", line.partition("iter_args(")[2])
-            for inner, start in carried:
+            starts = [resolve(start) for _, start in carried]
+            regions.append((value, [], {}))
+            regions[-1][1].extend(define(inner) for inner, _ in carried)
+            for inner, start in zip(regions[-1][1], starts):
                 made_by[inner].append((operation, [start]))
-            regions.append((name, [inner for inner, _ in carried]))
         elif line.rstrip().endswith("{"):
-            regions.append((None, []))                      # tt.func, tt.reduce and the like
-        elif operation == "scf.yield" and regions:
-            result, carried = regions[-1]
+            regions.append((None, [], {}))                  # tt.func, tt.reduce and the like
+        elif operation == "scf.yield":
+            result, carried, _ = regions[-1]
             for k, operand in enumerate(operands):
-                for value in (result, f"{result}#{k}", *carried[k:k + 1]):
-                    made_by[value].append((operation, [operand]))
-        elif name:
-            made_by[name].append((operation, operands))
+                for target in (result, f"{result}#{k}", *carried[k:k + 1]):
+                    made_by[target].append((operation, [operand]))
+        elif value:
+            made_by[value].append((operation, operands))
 
     def reaches(value, turned, seen):
         if (value, turned) in seen:
             return False
         seen.add((value, turned))
         return any(turned if operation == "tt.dot" else
-                   any(reaches(one, turned or operation == "tt.trans", seen) for one in operands)
+                   any(reaches(m, turned or operation == "tt.trans", seen) for m in operands)
                    for operation, operands in made_by[value] if operation != "tt.load")
 
     dots = [operands for made in list(made_by.values()) for operation, operands in made
@@ -143,24 +159,14 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 def launch_everything(h, p, g, n, packed, t=8192):
-    """One training step and one decode step of a layer between its projections, batch 1."""
+    """Forward and backward of a layer's scan, batch 1, on views of the convolution's output."""
     fp32 = dict(dtype=torch.float32)
-    inner, channels = h * p, h * p + 2 * g * n
-    zxBCdt = empty(1, t, inner + channels + h).requires_grad_()
-    z, xBC, _ = zxBCdt.split([inner, channels, h], -1)
-    weight, bias = empty(channels, 4).requires_grad_(), empty(channels)
-    seq_idx = empty(1, t, dtype=torch.int64) if packed else None
-    xBC, _ = ssm.causal_conv1d(xBC, weight, bias, seq_idx=seq_idx)
-    x, B, C = xBC.split([inner, g * n, g * n], -1)
+    xBC = empty(1, t, h * p + 2 * g * n).requires_grad_()
+    x, B, C = xBC.split([h * p, g * n, g * n], -1)
     y, _ = ssm.ssd_triton(x.unflatten(2, (h, p)), empty(1, t, h, **fp32), empty(h, **fp32),
                           B.unflatten(2, (g, n)), C.unflatten(2, (g, n)), empty(h, **fp32),
-                          seq_idx=seq_idx)
-    y = ssm.gated_group_norm(y.flatten(2), z, empty(inner, **fp32), g, 1e-5)
-    torch.autograd.grad(y, zxBCdt, torch.empty_like(y))
-    if not packed:
-        ssm.conv_ssd_step(empty(1, channels), empty(1, h), empty(1, 3, channels).transpose(1, 2),
-                          empty(1, h, p, n, **fp32), weight.detach(), bias, empty(h, **fp32),
-                          empty(h, **fp32), empty(h, **fp32))
+                          seq_idx=empty(1, t, dtype=torch.int64) if packed else None)
+    torch.autograd.grad(y, xBC, torch.empty_like(y))
 
 
 def bad_kernels():
@@ -192,7 +198,7 @@ def bad_kernels():
 
 
 def print_facts(arch, function, *arguments, **options):
-    """A JSON line for every kernel that the function launches."""
+    """Print a JSON line for every kernel that the function launches."""
     with compile_only(arch) as compiled:
         function(*arguments, **options)
     for name, kernel in compiled:
@@ -200,8 +206,7 @@ def print_facts(arch, function, *arguments, **options):
 
 
 def main(arch, shapes):
-    ssm.KERNEL_DEVICES, ssm.INTERPRETED = {"meta"}, True
-    ssm.gpu = lambda device: (arch // 10, MULTIPROCESSORS[arch])
+    ssm.INTERPRETED, ssm.generation = True, lambda device: arch // 10     # meta tensors are taken
     print_facts(arch, bad_kernels)
     for shape in shapes:
         for packed in (False, True) if shape == "9B" else (False,):

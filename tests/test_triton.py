@@ -1,9 +1,8 @@
-"""The GPU kernels are the same function as the reference: in Triton's interpreter where there is no
-GPU, on it where there is one; and compiled for two GPUs they fit what these have.
+"""The scan's kernels are the same function as the reference: in Triton's interpreter where there is
+no GPU, on it where there is one; and compiled for two GPUs they fit what these have.
 """
 
 import json
-import math
 import mmap
 import os
 import subprocess
@@ -14,9 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, assert_close
 
+import bench.ssm
 import ssm
-from ssm import (Mamba2, causal_conv1d, gated_group_norm, random_inputs, ssd, ssd_chunked,
-                 ssd_recurrent, ssd_triton)
+from bench.ssm import other_scans, scan_costs
+from ssm import Mamba2, MambaState, random_inputs, ssd, ssd_chunked, ssd_recurrent, ssd_triton
 
 if not ssm.TRITON:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -101,28 +101,6 @@ def test_chunk_size_does_not_change_the_result(chunk_size):
     assert_exact(*inputs(t=150, packed=True), chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_segments_start_from_the_states_they_follow(packed, monkeypatch):
-    """Where heads and rows do not fill the GPU, programs share a head's tokens."""
-    monkeypatch.setattr(ssm, "gpu", lambda device: (8, 80))
-    started = []
-    states = ssm._states
-    monkeypatch.setattr(ssm, "_states", lambda *a, **k: started.append(a) or states(*a, **k))
-    leaves, seq_idx = inputs(t=1100, h=2, g=1, packed=packed)
-    y, state = ssd_triton(*leaves[:6], initial_states=leaves[6], seq_idx=seq_idx)
-    assert started, "one segment: this tests nothing"
-    exact = [m.detach().double().cpu() for m in leaves]
-    truth = ssd_recurrent(*exact[:6], initial_states=exact[6],
-                          seq_idx=None if seq_idx is None else seq_idx.cpu())
-    assert_close([y.cpu(), state.cpu()], truth, NAMES[:2], 5e-5)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_spans_of_the_backward_hand_the_gradient_on(packed, monkeypatch):
-    monkeypatch.setattr(ssm, "SPAN", 128)
-    assert_exact(*inputs(b=2, t=300, packed=packed))
-
-
 def test_incoming_gradients_may_be_expanded_or_transposed():
     leaves, seq_idx = inputs(b=2, t=40, packed=True)
     x, state = leaves[0], leaves[6]
@@ -158,8 +136,8 @@ def test_nothing_overflows_for_dt_from_1e_minus_6_to_1000(dtype):
 
 
 def test_decays_gradient_survives_strong_decay():
-    """At e^-15 a token what tokens are to each other is 3e-7 of what they are to themselves, and
-    the gradient of the decays is made of that alone.
+    """At a decay of e^-15 per token what tokens are to each other is 3e-7 of what they are to
+    themselves, and the gradient of the decays is made of that alone.
     """
     leaves, _ = inputs(t=8, h=8)
     leaves[1] = torch.full((1, 8, 8), 0.5, device=DEVICE).requires_grad_()
@@ -226,39 +204,33 @@ def test_heads_beyond_32_bits():
     assert_exact([x.requires_grad_(), *leaves[1:]], None)
 
 
-@pytest.mark.skipif(not ssm.INTERPRETED, reason="memory that is never touched is the CPU's")
-@torch.no_grad()
-def test_segments_beyond_32_bits():
-    """The second segment starts 2^31 elements into x: the same bits as from memory in one piece."""
-    leaves = [m.detach() for m in inputs(t=2100, h=1, g=1, dtype=torch.bfloat16)[0][:6]]
-    apart = huge_view(leaves[0], 2 ** 21)
-    assert torch.equal(ssd_triton(apart, *leaves[1:])[0], ssd_triton(*leaves)[0])
-
-
 @pytest.mark.parametrize("change, words", [
     (dict(p=24), "head dim 24 with state 16; the kernels take"),
     (dict(p=8), "head dim 8 with state 16"), (dict(n=48), "head dim 16 with state 48"),
     (dict(p=128, n=256), "head dim 128 with state 256"), (dict(p=128, n=128), "at most 12288"),
     (dict(dtype=torch.float64), "x is torch.float64; the kernels take")])
-def test_what_the_kernels_do_not_take_is_named_and_auto_does_without(change, words, monkeypatch):
-    monkeypatch.setattr(ssm, "KERNEL_DEVICES", {DEVICE})
-    leaves = inputs(**dict(t=5) | change)[0][:6]
+def test_what_the_kernels_do_not_take_is_named(change, words):
     with pytest.raises(ValueError, match=words):
-        ssd_triton(*leaves)
-    y, state = ssd(*leaves)
-    assert torch.equal(y, ssd_chunked(*leaves)[0]) and state.isfinite().all()
+        ssd_triton(*inputs(**dict(t=5) | change)[0][:6])
+
+
+@pytest.mark.parametrize("change", [dict(p=24), dict(p=8), dict(n=48), dict(p=128, n=256)])
+def test_auto_does_without_the_kernels_where_they_do_not_take_the_shape(change, monkeypatch):
+    monkeypatch.setattr(ssm, "on_cuda", lambda x: True)
+    leaves = inputs(t=5, dtype=torch.bfloat16, **change)[0][:6]
+    assert torch.equal(ssd(*leaves)[0], ssd_chunked(*leaves)[0])
 
 
 @pytest.mark.parametrize("generation", [7, 10, 12])
 def test_a_gpu_that_they_are_not_made_for_is_named(generation, monkeypatch):
-    monkeypatch.setattr(ssm, "gpu", lambda device: (generation, 80))
+    monkeypatch.setattr(ssm, "generation", lambda device: generation)
     x, B = (type("OnCuda", (), dict(dtype=m.dtype, shape=m.shape, is_cuda=True, device=m.device,
                                     element_size=m.element_size)) for m in
             (torch.zeros(1, 5, 2, 16), torch.zeros(1, 5, 1, 16)))
     assert f"compute capability {generation}.x" in ssm.unsupported(x, B)
 
 
-def test_mixed_dtypes_and_devices_are_named():
+def test_several_dtypes_and_devices_are_named():
     x, dt, A, B, C, D = inputs(t=5)[0][:6]
     with pytest.raises(ValueError, match="x is torch.float32, B torch.bfloat16 and C"):
         ssd_triton(x, dt, A, B.bfloat16(), C, D)
@@ -273,64 +245,27 @@ def test_cpu_tensors_without_the_interpreter_are_named(monkeypatch):
         ssd_triton(x, dt, A, B, C, D)
 
 
-def test_auto_takes_the_kernels_for_16_bits_on_their_devices(monkeypatch):
+def test_auto_takes_the_kernels_for_16_bits_on_cuda(monkeypatch):
     calls = []
     monkeypatch.setitem(ssm.BACKENDS, "triton",
                         lambda *a, **k: calls.append(a) or ssd_chunked(*a, **k))
-    for dtype, devices, expected in [(torch.bfloat16, {DEVICE}, 1), (torch.float32, {DEVICE}, 0),
-                                     (torch.bfloat16, set(), 0)]:
-        monkeypatch.setattr(ssm, "KERNEL_DEVICES", devices)
+    for dtype, cuda, expected in [(torch.bfloat16, True, 1), (torch.float16, True, 1),
+                                  (torch.float32, True, 0), (torch.bfloat16, False, 0)]:
+        monkeypatch.setattr(ssm, "on_cuda", lambda x: cuda)
         calls.clear()
         ssd(*inputs(t=5, dtype=dtype)[0][:6])
         assert len(calls) == expected
 
 
+def test_second_derivatives_are_refused():
+    x, *others = inputs(t=5)[0][:6]
+    y, _ = ssd_triton(x, *others)
+    with pytest.raises(RuntimeError, match="ssd_triton has first derivatives only"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
 # ------------------------------------------------------------------------------------------------
-# The kernels around the scan
-
-
-def against_reference(function, leaves, tolerance, names, monkeypatch):
-    """A function of the leaves by the kernels, and in fp64 without them, every gradient."""
-    results = []
-    for devices, cast in (({DEVICE}, lambda m: m), (set(), lambda m: m.double().cpu())):
-        monkeypatch.setattr(ssm, "KERNEL_DEVICES", devices)
-        mine = [cast(m.detach()).requires_grad_() for m in leaves]
-        y = function(*mine)
-        torch.manual_seed(1)
-        dy = torch.randn(y.shape).to(leaves[0].dtype)
-        results.append([y, *torch.autograd.grad(y, mine, cast(dy.to(DEVICE)))])
-    assert_close([m.cpu() for m in results[0]], results[1], names, tolerance)
-
-
-@pytest.mark.parametrize("t, channels, width, packed, dtype", [
-    (1, 6, 4, False, torch.float32), (2, 130, 4, True, torch.bfloat16),
-    (15, 70, 2, True, torch.float32), (33, 6, 4, False, torch.bfloat16),
-    (140, 10, 4, True, torch.float32)])
-def test_convolution(t, channels, width, packed, dtype, monkeypatch):
-    """From a strided view, with a state before, over tiles and over a program's tiles."""
-    wide = torch.randn(2, t, channels + 8).to(dtype)
-    leaves = [wide[..., 8:], torch.randn(channels, width), torch.randn(channels),
-              torch.randn(2, channels, width - 1).to(dtype)]
-    seq_idx = (torch.rand(2, t) < 0.3).long().cumsum(1) % 2 if packed else None
-
-    def convolve(x, weight, bias, before):
-        idx = seq_idx if seq_idx is None else seq_idx.to(x.device)
-        return causal_conv1d(x, weight, bias, initial_states=before, seq_idx=idx)[0]
-    against_reference(convolve, [m.to(DEVICE) for m in leaves],
-                      {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype],
-                      ["y", "dx", "dweight", "dbias", "dbefore"], monkeypatch)
-
-
-@pytest.mark.parametrize("d, groups, rows", [(12, 2, 1), (96, 1, 20), (160, 2, 37)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gated_norm(d, groups, rows, dtype, monkeypatch):
-    """Groups that are no power of two, more rows than a program takes, z and weight strided."""
-    y, zx, weight = torch.randn(rows, d), torch.randn(rows, 2 * d), torch.randn(2 * d)
-    leaves = [y.to(dtype), zx.to(dtype)[:, d:], weight[::2]]
-    against_reference(lambda y, z, w: gated_group_norm(y, z, w, groups, 1e-5),
-                      [m.to(DEVICE) for m in leaves],
-                      {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype],
-                      ["out", "dy", "dz", "dweight"], monkeypatch)
+# A layer with the kernels in it
 
 
 def layer(dtype=torch.float32):
@@ -343,74 +278,47 @@ def layer(dtype=torch.float32):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("groups, p, n, bias", [(1, 16, 16, -12.0), (2, 80, 16, 0.0),
-                                                (4, 24, 12, 30.0)])
-def test_one_launch_a_token_equals_the_reference(groups, p, n, bias, monkeypatch):
-    """Convolution, softplus, state and D of several tokens: outputs and both states, ticket back at
-    zero. softplus loses no digits at e^-12, where 1 + e^-12 has lost all but three.
-    """
-    layer = Mamba2(32, 4, p, n, groups).to(DEVICE)
-    layer.dt_bias.fill_(bias)
-    x = torch.randn(2, 4, 32, device=DEVICE)
-    states = [torch.randn(2, *shape, device=DEVICE) for shape in ((layer.conv_dim, 3), (4, p, n))]
-    states[1] *= min(1, 10 * math.exp(bias))
-    results = []
-    for devices in ({DEVICE}, set()):
-        monkeypatch.setattr(ssm, "KERNEL_DEVICES", devices)
-        conv, state = (m.clone() for m in states)
-        ys = [layer(x[:, i:i + 1], conv, state) for i in range(4)]
-        results.append([torch.cat(ys, 1).cpu(), conv.cpu(), state.cpu()])
-    assert_close(*results, ["y", "conv", "state"], 5e-6)
-    assert ssm.TICKETS and all((m == 0).all() for m in ssm.TICKETS.values())
-
-
-def test_a_step_that_wants_gradients_or_has_a_strided_state_goes_without(monkeypatch):
-    """The fused step has no backward and walks a state in one piece."""
-    monkeypatch.setattr(ssm, "KERNEL_DEVICES", {DEVICE})
-    mamba, x = layer(), torch.randn(2, 1, 32, device=DEVICE)
-    states = torch.zeros(2, 3, 4, 16, 16, device=DEVICE)
-    assert not mamba.one_launch(x, states[:, 0].contiguous())
-    with torch.no_grad():
-        assert mamba.one_launch(x, states[:, 0].contiguous())
-        assert not mamba.one_launch(x, states[:, 0])
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_prefill_and_steps_equal_the_whole(dtype, tolerance, monkeypatch):
     """Shorter than the convolution, and on both sides of a tile."""
-    monkeypatch.setattr(ssm, "KERNEL_DEVICES", {DEVICE})
+    monkeypatch.setattr(ssm, "ssd", lambda *a, **k: ssd_triton(*a, **k))
     mamba, x = layer(dtype), torch.randn(1, 36, 32, device=DEVICE).to(dtype)
     whole = mamba(x)
     for prefill in (1, 31, 33):
-        conv = torch.zeros(1, mamba.conv_dim, 3, dtype=dtype, device=DEVICE)
-        state = torch.zeros(1, 4, 16, 16, device=DEVICE)
-        parts = [mamba(x[:, :prefill], conv, state)]
-        parts += [mamba(x[:, i:i + 1], conv, state) for i in range(prefill, prefill + 3)]
+        state = MambaState(torch.zeros(1, mamba.conv_dim, 3, dtype=dtype, device=DEVICE),
+                           torch.zeros(1, 4, 16, 16, device=DEVICE))
+        parts = [mamba(x[:, :prefill], state)]
+        parts += [mamba(x[:, i:i + 1], state) for i in range(prefill, prefill + 3)]
         assert_close([torch.cat(parts, 1).cpu()], [whole[:, :prefill + 3].cpu()],
                      [f"prefill {prefill}"], tolerance)
 
 
 def test_a_layer_trains_through_the_kernels(monkeypatch):
-    """Every parameter's gradient, with packed documents, against the layer without them in fp64."""
+    """Every parameter's gradient, with packed documents and a state that is overwritten, against
+    the layer without kernels in fp64.
+    """
     mamba, x = layer(), torch.randn(2, 70, 32, device=DEVICE)
     seq_idx = (torch.rand(2, 70) < 0.1).long().cumsum(1).to(DEVICE)
+    state = MambaState(torch.randn(2, mamba.conv_dim, 3, device=DEVICE),
+                       torch.randn(2, 4, 16, 16, device=DEVICE))
+    exact = MambaState(*(m.double().cpu() for m in state))
     monkeypatch.setattr(ssm, "ssd", lambda *a, **k: ssd_triton(*a, **k))
-    monkeypatch.setattr(ssm, "KERNEL_DEVICES", {DEVICE})
-    fast = torch.autograd.grad(mamba(x, seq_idx=seq_idx).square().sum(), list(mamba.parameters()))
+    y = mamba(x, state, seq_idx)
+    fast = torch.autograd.grad(y.square().sum(), list(mamba.parameters()))
     monkeypatch.undo()
     mamba, x, seq_idx = mamba.double().cpu(), x.double().cpu(), seq_idx.cpu()
-    slow = torch.autograd.grad(mamba(x, seq_idx=seq_idx).square().sum(), list(mamba.parameters()))
-    assert_close([m.cpu() for m in fast], slow, [name for name, _ in mamba.named_parameters()],
-                 5e-5)
+    y = mamba(x, exact, seq_idx)
+    slow = torch.autograd.grad(y.square().sum(), list(mamba.parameters()))
+    assert_close([m.cpu() for m in (*fast, *state)], [*slow, *exact],
+                 [*(name for name, _ in mamba.named_parameters()), "conv", "ssm"], 5e-5)
 
 
 # ------------------------------------------------------------------------------------------------
-# What --bench counts and compares
+# What bench/ssm.py counts and compares
 
 
 def layer_traffic(h, p, g, n, t, monkeypatch):
-    """{kernel: bytes a token} of the tensors that each launch gets, at full size, no memory."""
+    """{kernel: bytes per token} of the tensors that each launch gets, at full size, no memory."""
     traffic = {}
 
     def record(kernel, grid, *arguments, **constants):
@@ -419,7 +327,7 @@ def layer_traffic(h, p, g, n, t, monkeypatch):
         traffic[name] = sum(m.numel() * m.element_size() for m in tensors) / t
     monkeypatch.setattr(ssm, "launch", record)
     monkeypatch.setattr(ssm, "INTERPRETED", True)
-    monkeypatch.setattr(ssm, "gpu", lambda device: (9, 132))
+    monkeypatch.setattr(ssm, "generation", lambda device: 9)
     like = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
     x, B, C = like(1, t, h, p).requires_grad_(), like(1, t, g, n), like(1, t, g, n)
     dt, A, D = (like(*shape, dtype=torch.float32) for shape in ((1, t, h), (h,), (h,)))
@@ -431,7 +339,7 @@ def layer_traffic(h, p, g, n, t, monkeypatch):
 @pytest.mark.parametrize("shape", [(128, 80, 8, 128), (128, 64, 8, 128)])
 def test_counted_bytes_are_those_of_the_launches(shape, monkeypatch):
     """Within 2%: half of dG and of dcs_late is not used, the states at the ends are not counted."""
-    costs = ssm.scan_costs(*shape)
+    costs = scan_costs(*shape)
     measured = layer_traffic(*shape, 16384, monkeypatch)
     forward, backward = costs["forward"][1], costs["backward"][1]
     for counted, kernel in [(forward["scan"], ("_scan_kernel", False, False)),
@@ -453,7 +361,7 @@ def test_counted_flops_are_those_of_the_dots(monkeypatch):
     h, p, g, n, t = 4, 48, 2, 16, 256
     leaves = inputs(1, t, h, p, g, n, torch.bfloat16)[0][:6]
     y, _ = ssd_triton(*leaves)
-    costs = ssm.scan_costs(h, p, g, n)
+    costs = scan_costs(h, p, g, n)
     assert sum(counted) == t * costs["forward"][2]
     counted.clear()
     torch.autograd.grad(y.sum(), leaves)
@@ -477,16 +385,18 @@ def test_other_packages_get_the_arguments_they_ask_for(monkeypatch):
     module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
     module("fla.ops.simple_gla", chunk_simple_gla=chunk_simple_gla)
     leaves = [m.double() for m in random_inputs(1, 20, 4, 3, 2, 5)]
-    scans = ssm.other_scans()
+    scans = other_scans()
     assert set(scans) == {"mamba_ssm", "fla"}
     for name, scan in scans.items():
         assert_close([scan(*leaves)], [ssd_recurrent(*leaves)[0]], [name], 1e-10)
 
 
-def test_bench_counts_without_a_gpu(tmp_path, capsys):
-    ssm.main(["--bench", "--quick", "--device", "cpu", "--out", str(tmp_path)])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])["bench"]
-    forward, backward = (result["9B"][name] for name in ("forward", "backward"))
+def test_the_benchmark_prints_its_tables_and_counts_without_a_gpu(capsys):
+    bench.ssm.main(["--quick", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["speed"]) == {"recurrent", "quadratic", "chunked", "attention"}
+    assert set(result["scan_ms"]) == {"ssd_minimal", "ssd_chunked"}
+    forward, backward = (result["kernels"]["9B"][name] for name in ("forward", "backward"))
     assert forward["compulsory"] == 45312 and backward["compulsory"] == 70144
     assert forward["seconds"] == {} and 0 < forward["roofline_s"]["h100"] < 2e-8
 
@@ -507,15 +417,17 @@ def compiled():
 
 
 SHARED = {86: 99 * 1024, 90: 227 * 1024}
-SPILL = {"_scan_kernel": 256, "_dx_kernel": 512}        # bytes a thread; the others none
+SPILL = {"_scan_kernel": 256, "_dx_kernel": 512}        # bytes per thread; the others none
 
 
 @pytest.mark.parametrize("arch", [86, 90])
 def test_compiled_kernels_fit_the_gpu(arch, compiled):
-    """Shared memory of a block; spilled bytes a thread. Masks of packed documents may cost more."""
+    """Shared memory per program; spilled bytes per thread. Masks of packed documents may cost
+    more.
+    """
     kernels = [k for k in compiled[arch] if k["kernel"] != "bad"]
-    assert len({k["kernel"] for k in kernels}) == 9
-    assert len(kernels) == 3 * 10 + 2        # a training step three times, a decode step twice
+    assert len({k["kernel"] for k in kernels}) == 4
+    assert len(kernels) == 3 * 6            # forward and backward, of three shapes
     for k in kernels:
         budget = SPILL.get(k["kernel"], 0) + 96 * k["packed"]
         assert k["shared"] <= SHARED[arch] and k["spill"] <= budget, k
@@ -559,7 +471,7 @@ def test_five_runs_agree_bit_for_bit():
 @on_gpu
 @pytest.mark.parametrize("t", [16384, 131072])
 def test_long_sequences_equal_the_chunked_scan(t):
-    """Segments, spans, offsets past 2^31 elements: rows as far apart as in in_proj's output."""
+    """Offsets past 2^31 elements: rows as far apart as in in_proj's output."""
     row = torch.empty(1, t, 22656, dtype=torch.bfloat16, device=DEVICE)
     h, p, g, n = 16, 80, 1, 128
     row[..., -h * p - 2 * g * n:].normal_()
@@ -577,31 +489,50 @@ def test_long_sequences_equal_the_chunked_scan(t):
 
 
 @on_gpu
+def test_the_layer_compiles_its_convolution_norm_and_step():
+    """On CUDA the layer is the one without torch.compile, in training and in decode."""
+    mamba, x = layer(), torch.randn(2, 40, 32, device=DEVICE)
+    results = []
+    for compiles in (True, False):
+        with pytest.MonkeyPatch.context() as inside:
+            if not compiles:
+                inside.setattr(ssm, "on_cuda", lambda x: False)
+            y = mamba(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(mamba.parameters()))])
+            state = MambaState(torch.zeros(2, mamba.conv_dim, 3, device=DEVICE),
+                               torch.zeros(2, 4, 16, 16, device=DEVICE))
+            with torch.no_grad():
+                results[-1] += [mamba(part, state) for part in x.split([37, 1, 1, 1], 1)]
+            results[-1] += state
+    assert_close(*results, [str(i) for i in range(len(results[0]))], 1e-4)
+
+
+@on_gpu
 @torch.no_grad()
 def test_decode_replays_in_cuda_graphs():
     """Two graphs of one shape, the second replayed first and both in turn; warmed up elsewhere."""
     mamba, x = layer(torch.bfloat16), torch.randn(2, 1, 32, device=DEVICE).bfloat16()
-    conv = torch.randn(2, mamba.conv_dim, 3, device=DEVICE).bfloat16()
-    state, stream = torch.randn(2, 4, 16, 16, device=DEVICE), torch.cuda.Stream()
-    before = conv.clone(), state.clone()
+    state = MambaState(torch.randn(2, mamba.conv_dim, 3, device=DEVICE).bfloat16(),
+                       torch.randn(2, 4, 16, 16, device=DEVICE))
+    before, stream = [m.clone() for m in state], torch.cuda.Stream()
 
     def restore():
-        for mine, saved in zip((conv, state), before):
+        for mine, saved in zip(state, before):
             mine.copy_(saved)
     with torch.cuda.stream(stream):
-        mamba(x, conv, state)
+        mamba(x, state)
     torch.cuda.synchronize()
     graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
     outputs = []
     for graph in graphs:
         with torch.cuda.graph(graph):
-            outputs.append(mamba(x, conv, state))
+            outputs.append(mamba(x, state))
     restore()
     replayed = []
     for i in (1, 0, 1):
         graphs[i].replay()
         replayed.append(outputs[i].clone())
-    after = conv.clone(), state.clone()
+    after = [m.clone() for m in state]
     restore()
-    assert all(torch.equal(mamba(x, conv, state), y) for y in replayed)
-    assert torch.equal(conv, after[0]) and torch.equal(state, after[1])
+    assert all(torch.equal(mamba(x, state), y) for y in replayed)
+    assert all(torch.equal(mine, saved) for mine, saved in zip(state, after))
