@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_close
 
+import common
 import model as model_file
-from model import (PRESETS, HybridConfig, HybridLM, RMSNorm, bench, config_from_hf, config_to_hf,
-                   cross_entropy, decode_settings, load_hf, rotate, save_hf, tune_cpu)
+import ssm
+from bench.model import SIDES, compare
+from model import (PRESETS, HybridConfig, HybridLM, RMSNorm, config_from_hf, config_to_hf,
+                   cross_entropy, load_hf, rotate, save_hf)
 
 TINY = dict(pattern="M-M*-", vocab_size=61, d_model=24, mlp_dim=40, n_heads=6, n_kv_heads=2,
             head_dim=10,
@@ -92,9 +95,9 @@ def test_flops_are_those_of_the_matmuls():
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(pattern="M-ME-"), "has experts"), (dict(pattern="M-X"), "must be letters of M"),
-    (dict(pattern=""), "must be letters"),
-        (dict(mamba_heads=3), "mamba_heads 3 must be a multiple of n_groups 2"),
+    (dict(pattern="M-ME-"), "experts are not supported"), (dict(pattern=""), "must be letters"),
+    (dict(pattern="M-X"), "must be letters of M"), (dict(pattern=["M"]), "must be letters of M"),
+    (dict(mamba_heads=3), "mamba_heads 3 must be a multiple of n_groups 2"),
     (dict(n_heads=3), "n_heads 3 must be a multiple"), (dict(d_model=0), "d_model is 0"),
     (dict(d_state=2.5), "d_state is 2.5")])
 def test_configurations_that_cannot_be_are_refused(changes, words):
@@ -154,25 +157,13 @@ def test_model_gradients_equal_those_of_plain_torch_operations():
     model = tiny()
     tokens, labels = torch.randint(0, 61, (2, 19)), torch.randint(0, 61, (2, 19))
     mine = torch.autograd.grad(model.loss(tokens, labels), model.parameters())
-    import ssm
-    kept = ssm.ssd, ssm.causal_conv1d, ssm.gated_group_norm, model_file.squared_relu
-
-    def conv(x, weight, bias, **_):
-        padded = F.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
-        return F.silu(F.conv1d(padded, weight[:, None], bias, groups=len(bias))).transpose(1,
-                                                                                           2), None
-
-    def norm(y, z, weight, groups, eps):
-        s = (y * F.silu(z)).unflatten(-1, (groups, -1))
-        return (s / (s.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2) * weight
+    kept = ssm.ssd
     try:
         ssm.ssd = lambda *a, chunk_size, **k: ssm.ssd_quadratic(*a, **k)
-        ssm.causal_conv1d, ssm.gated_group_norm = conv, norm
-        model_file.squared_relu = lambda x: F.relu(x).square()
         plain = torch.autograd.grad(F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()),
                                     model.parameters())
     finally:
-        ssm.ssd, ssm.causal_conv1d, ssm.gated_group_norm, model_file.squared_relu = kept
+        ssm.ssd = kept
     assert_close(mine, plain, [name for name, _ in model.named_parameters()], 1e-10)
 
 
@@ -199,6 +190,10 @@ def test_bf16_compute_with_fp32_masters_gives_fp32_gradients_near_fp32():
 # ------------------------------------------------------------------------------------------------
 # The cache
 
+def tensors_of(cache):
+    return [*cache.states(), *cache.kv()]
+
+
 SPLITS = ([1] * 21, [21], [20, 1], [1, 20], [2, 19], [3, 18], [4, 17], [7, 14], [8, 13], [9, 12],
           [5, 1, 1, 11, 3])
 
@@ -217,8 +212,8 @@ def test_any_split_of_a_prompt_gives_the_same_logits_and_states(changes):
         reference = model.init_cache(2, 21)
         model(tokens, reference)
         assert cache.pos == 21
-        assert_close(cache.tensors(), reference.tensors(), map(str, range(len(cache.tensors()))),
-                     1e-10)
+        mine, theirs = tensors_of(cache), tensors_of(reference)
+        assert_close(mine, theirs, map(str, range(len(mine))), 1e-10)
 
 
 @torch.no_grad()
@@ -258,8 +253,50 @@ def test_cache_bytes_are_the_bytes_of_its_tensors():
     config = HybridConfig(**TINY)
     cache = HybridLM(config).to(torch.bfloat16).init_cache(3, 17)
     assert cache.nbytes() == sum(config.cache_bytes(3, 17).values()) == \
-        sum(m.untyped_storage().nbytes() for m in cache.tensors())
-    assert all(m.dtype == torch.float32 for m in cache.ssm.values())
+        sum(m.untyped_storage().nbytes() for m in tensors_of(cache))
+    assert all(layer.ssm.dtype == torch.float32 for layer, letter in
+               zip(cache.layers, config.pattern) if letter == "M")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, dict(pattern="*-*-", rope_theta=1e4)], ids=str)
+def test_rows_that_start_later_are_each_row_alone(changes):
+    """Prompts of 3, 9 and 5 tokens end at one position; then one token of each row per call."""
+    model, tokens = tiny(**changes), torch.randint(0, 61, (3, 14))
+    lengths, cache = [3, 9, 5], model.init_cache(3, 14)
+    starts = [max(lengths) - n for n in lengths]
+    for i, (n, start) in enumerate(zip(lengths, starts)):
+        row = cache.row(i, start)
+        for part in tokens[i:i + 1, :n].split([1, n - 1], 1):
+            model(part, row)
+    cache.pos, cache.start = max(lengths), torch.tensor(starts)
+    for step in range(4):
+        last = torch.stack([tokens[i, n + step] for i, n in enumerate(lengths)])[:, None]
+        logits = model(last, cache)
+        alone = [model(tokens[i:i + 1, :n + step + 1], last_only=True)
+                 for i, n in enumerate(lengths)]
+        assert_close([logits], [torch.cat(alone)], [f"step {step}"], 1e-10)
+    with pytest.raises(ValueError, match="take one token per call, not 2"):
+        model(tokens[:, :2], cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("starts", [None, [0, 4]], ids=str)
+def test_fixed_shapes_and_a_position_on_the_device_change_nothing(starts):
+    model, tokens = tiny(), torch.randint(0, 61, (2, 12))
+    cache = model.init_cache(2, 32)
+    for i in range(2):
+        start = starts[i] if starts else 0
+        model(tokens[i:i + 1, start:8], cache.row(i, start))
+    cache.pos, cache.start = 8, starts and torch.tensor(starts)
+    saved, plain = cache.snapshot(), []
+    for i in range(8, 11):
+        plain.append(model(tokens[:, i:i + 1], cache))
+    cache.restore(saved)
+    cache.fixed = torch.tensor([8]), 16
+    for i, truth in zip(range(8, 11), plain):
+        assert_close([model(tokens[:, i:i + 1], cache)], [truth], ["logits"], 1e-12)
+        cache.fixed[0].add_(1)
 
 
 @torch.no_grad()
@@ -276,8 +313,8 @@ def test_a_cache_is_used_without_gradients_and_for_one_document_a_row():
     cache = model.init_cache(2, 12)
     for part in tokens.split([1, 5, 3], 1):
         assert not model(part, cache).requires_grad
-    assert not [m for m in cache.tensors() if m.requires_grad]
-    with pytest.raises(ValueError, match="a cache holds one document a row"):
+    assert not [m for m in tensors_of(cache) if m.requires_grad]
+    with pytest.raises(ValueError, match="a cache holds one document per row"):
         model(tokens[:, :1], cache, seq_idx=torch.zeros(2, 1))
 
 
@@ -419,16 +456,19 @@ def test_rope_baseline_round_trips_but_does_not_pose_as_nemotron():
 LOAD_AND_MEASURE = """
 import json, sys, torch
 sys.path.insert(0, {root!r})
-from model import load_hf, reset_peak, resident_bytes
-import safetensors.torch
+from model import load_hf
+
+def resident(key):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status")
+                if line.startswith(key))
 dtype = getattr(torch, sys.argv[2])
 load_hf(sys.argv[3], dtype=dtype)           # imports and first uses are not what is measured
-reset_peak()
-before = resident_bytes()
+open("/proc/self/clear_refs", "w").write("5")       # the peak begins here
+before = resident("VmRSS")
 model = load_hf(sys.argv[1], dtype=dtype)
 weights = sum(p.nbytes for p in model.parameters())
 largest = max(p.nbytes for p in model.parameters())
-print(json.dumps(dict(growth=resident_bytes(peak=True) - before, weights=weights, largest=largest)))
+print(json.dumps(dict(growth=resident("VmHWM") - before, weights=weights, largest=largest)))
 """
 
 
@@ -464,10 +504,10 @@ def test_loading_peaks_at_the_weights_and_one_tensor(tmp_path, dtype, stored):
     (lambda folder: edit(folder, "hidden_size", 32), "config.json asks for"),
     (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*"), "is not part of pattern"),
     (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*-M"), "tensors are missing"),
-    (lambda folder: edit(folder, "hybrid_override_pattern", "M-ME-"), "has experts"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", "M-ME-"), "experts are not supported"),
     (lambda folder: edit(folder, "mlp_hidden_act", "silu"), "mlp_hidden_act is 'silu'"),
     (lambda folder: edit(folder, "ssm_state_size", None), "ssm_state_size missing"),
-    (lambda folder: edit(folder, "hybrid_override_pattern", 5), "must be a string"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", 5), "pattern 5 must be letters of M"),
     (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a JSON object"),
     (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
      "has no weight_map")])
@@ -488,7 +528,7 @@ def test_a_missing_shard_is_named(tmp_path):
     save_hf(tiny(torch.float32), tmp_path, shard_bytes=10_000)
     (tmp_path / "model-00002-of-00008.safetensors").unlink(missing_ok=True)
     next(tmp_path.glob("*.safetensors")).unlink()
-    with pytest.raises(FileNotFoundError, match="named by model.safetensors.index.json"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file: No such file"):
         load_hf(tmp_path)
 
 
@@ -516,7 +556,7 @@ def test_an_interrupted_sharded_save_is_refused_not_mixed(tmp_path, monkeypatch)
         if len(calls) == 3:
             raise RuntimeError("No space left on device")
         real(tensors, path, metadata)
-    monkeypatch.setattr("safetensors.torch.save_file", full_disk_at_the_third)
+    monkeypatch.setattr(model_file, "save_file", full_disk_at_the_third)
     with pytest.raises(OSError, match="could not be written: No space left"):
         save_hf(tiny(torch.float32), tmp_path, 10_000)
     assert not list(tmp_path.glob("*.tmp"))
@@ -531,7 +571,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def dies_halfway(tensors, path, metadata):
         open(path, "wb").write(b"half")
         raise KeyboardInterrupt
-    monkeypatch.setattr("safetensors.torch.save_file", dies_halfway)
+    monkeypatch.setattr(model_file, "save_file", dies_halfway)
     with pytest.raises(KeyboardInterrupt):
         save_hf(tiny(torch.float32), tmp_path)
     assert torch.equal(load_hf(tmp_path).lm_head.weight, model.lm_head.weight)
@@ -541,47 +581,39 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 # Settings and the script
 
 
-def test_cpu_settings_are_exact_reported_and_restorable():
-    """Whatever tune_cpu picks, an fp32 product stays one; a resumed run gets its setting."""
+def test_cpu_settings_are_exact_and_reported():
+    """Whatever tune_cpu picks, an fp32 product stays one."""
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     try:
-        assert tune_cpu()
-        found, a, b = setting.fp32_precision, torch.randn(300, 500), torch.randn(500, 200)
+        assert common.tune_cpu()
+        a, b = torch.randn(300, 500), torch.randn(500, 200)
         assert_close([a @ b], [a.double() @ b.double()], ["product"], 1e-6)
-        with decode_settings():
-            assert setting.fp32_precision == "none"
-        assert setting.fp32_precision == found
-        setting.fp32_precision = "none"
-        assert found in tune_cpu(found) and setting.fp32_precision == found
     finally:
         setting.fp32_precision = before
 
 
-
 def test_free_memory_is_a_containers_where_there_is_one(tmp_path, monkeypatch):
     """Its limit less what is in use and cannot be dropped; page cache can."""
-    monkeypatch.setattr(model_file, "CONTAINER", tmp_path)
-    machine = model_file.free_bytes()
+    monkeypatch.setattr(common, "CONTAINER", tmp_path)
+    machine = common.free_bytes()
     (tmp_path / "memory.stat").write_text("anon 1000\nfile 900\n")
     for limit, expected in (("max", machine), ("5000", 4000), ("800", 0)):
         (tmp_path / "memory.max").write_text(limit + "\n")
-        assert model_file.free_bytes() == pytest.approx(expected, rel=0.1)
+        assert common.free_bytes() == pytest.approx(expected, rel=0.1)
 
 
-def test_script_describes_a_preset(tmp_path, capsys):
-    model_file.main(["--preset", "nemotron-nano-9b-v2", "--context", "131072", "--out",
-                     str(tmp_path)])
+def test_script_describes_a_preset(capsys):
+    model_file.main(["--preset", "nemotron-nano-9b-v2", "--context", "131072"])
     printed = capsys.readouterr().out
-    assert "Mamba-2 x 27  * attention x 4  - MLP x 25" in printed and "8,888,227,328" in printed
-    assert "weights 16.556 GiB, KV 2.000 GiB, fp32 SSM states 135.00 MiB" in printed
+    assert "Mamba-2          27" in printed and "8,888,227,328" in printed
+    assert "weights 16.556, kv 2.000, ssm 0.132, conv 0.002" in printed
     assert json.loads(printed.splitlines()[-1])["n_params"] == 8_888_227_328
-    assert (tmp_path / "model-nemotron-nano-9b-v2.png").stat().st_size > 5_000
 
 
-@pytest.mark.parametrize("argv, words", [(["--preset", "gpt"], "preset 'gpt' is not one of"),
-    (["--context", "0"], "--context is 0"),
-    (["--contxt", "9"], "--contxt")])
+@pytest.mark.parametrize("argv, words", [
+    (["--preset", "gpt"], "--preset is 'gpt', must be one of toy"),
+    (["--context", "0"], "--context is 0, must be at least 1"), (["--contxt", "9"], "--contxt")])
 def test_script_errors_are_one_line(fails, argv, words):
     assert words in fails(model_file.main, argv)
 
@@ -589,8 +621,8 @@ def test_script_errors_are_one_line(fails, argv, words):
 def test_benchmark_runs_all_sides(capsys):
     """A tiny batch: the figures mean nothing here, the command has to work."""
     pytest.importorskip("transformers")
-    result = bench(batch=2, length=32, rounds=1)
-    assert set(result["bench"]) == {"this file", "transformers", "transformers, our settings"}
-    assert all(value > 0 for side in result["bench"].values() for key,
-               value in side.items() if key != "growth")
+    result = compare(batch=2, length=32, rounds=1)
+    assert set(result["tokens_per_s"]) == set(SIDES)
+    assert all(value > 0 for side in result["tokens_per_s"].values() for value in side.values())
+    assert set(result["ratios"]["transformers"]) == {"train", "prefill", "decode1", "decode2"}
     assert "against transformers" in capsys.readouterr().out
