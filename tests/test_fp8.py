@@ -13,9 +13,10 @@ import torch
 import train_fp8
 from model import HybridConfig, HybridLM
 from ssm import Linear, relative_error
+from torch import nn
 from train_fp8 import (E4M3, E5M2, FAKE_BLOCK, RECIPES, Float8Linear, Operand, Recipe,
                        _Float8Matmul, cast, convert_to_fp8, dequantize, fake_quantize, in_columns,
-                       pick_backend, quantize, round_to_grid, sqnr, whole_sixteens)
+                       pick_backend, quantize, round_to_grid, sqnr, pad_to_sixteen)
 
 FP8_FORMATS = pytest.mark.parametrize("fmt", (E4M3, E5M2), ids=("e4m3", "e5m2"))
 FP8_BLOCKS = pytest.mark.parametrize("block", (None, (1, 128), (128, 1), (128, 128)), ids=str)
@@ -210,16 +211,6 @@ def test_fake_quantize_is_dequantize_of_quantize(fmt, block, pow2):
         assert fake.is_contiguous() and fake.dtype == x.dtype
 
 
-@FP8_FORMATS
-def test_a_given_scale_replaces_the_tensors_own(fmt):
-    """Half the tensor's own scale leaves half the range: twice the tensor quantised, halved."""
-    x, scale = uneven(1100, 300), torch.full((1, 1, 1, 1), 0.125)
-    codes, inverse = quantize(x, fmt, scale=scale)
-    assert torch.equal(bits(codes), bits(cast(x / 8, fmt))) and inverse.item() == 8
-    inside = x.clamp(-3000, 3000)
-    same(fake_quantize(inside, fmt, scale=scale), cast(inside / 8, fmt).float() * 8)
-
-
 # ------------------------------------------------------------------------------------------------
 # Noise
 
@@ -255,7 +246,7 @@ def test_noise_of_a_linear_layer(name, gradients):
 
 def test_recipes_are_those_of_the_papers():
     """Nemotron-H: one scale a tensor, gradients in E5M2; Nano 2: E4M3, 1x128 and 128x128."""
-    assert RECIPES == {"bf16": None, "nemotron-h": Recipe(E4M3, E4M3, E5M2, None, None, None),
+    assert RECIPES == {"none": None, "nemotron-h": Recipe(E4M3, E4M3, E5M2, None, None, None),
                        "nano2": Recipe(E4M3, E4M3, E4M3, (1, 128), (128, 128), (1, 128))}
 
 
@@ -361,11 +352,11 @@ def test_scales_in_the_order_that_cublaslt_wants():
     tiles = Operand(*quantize(torch.randn(200, 300), E4M3, (1, 128)), (1, 128))
     columns = in_columns(tiles)
     assert columns.shape == (200, 3) and columns.stride() == (1, 200)
-    assert torch.equal(columns, tiles.inverse)
+    assert torch.equal(columns, tiles.inv_scale)
     squares = Operand(*quantize(torch.randn(300, 700), E4M3, (128, 128)), (128, 128))
     columns = in_columns(squares)
     assert columns.shape == (8, 3) and columns.stride() == (1, 8)
-    assert torch.equal(columns[:6], squares.inverse.t()) and not columns[6:].any()
+    assert torch.equal(columns[:6], squares.inv_scale.t()) and not columns[6:].any()
     assert in_columns(squares.t()).shape == (4, 6)
     one = Operand(*quantize(torch.randn(200, 64), E4M3, (1, 128)), (1, 128))
     assert in_columns(one).stride() == (1, 200)
@@ -374,7 +365,7 @@ def test_scales_in_the_order_that_cublaslt_wants():
 def test_tokens_that_16_does_not_divide_are_filled_with_zeros_for_the_hardware():
     """The weight gradient sums over tokens: zeros add nothing, and cuBLASLt wants sixteens."""
     x, y = (Operand(*quantize(torch.randn(20, 32), fmt), None) for fmt in (E4M3, E5M2))
-    a, b = whole_sixteens(x.t()), whole_sixteens(y.t())
+    a, b = pad_to_sixteen(x.t()), pad_to_sixteen(y.t())
     assert a.values.shape == (32, 32) and a.values.dtype == E4M3
     assert torch.equal(a.values.float() @ b.values.float().t(),
                        x.values.float().t() @ y.values.float())
@@ -474,7 +465,7 @@ def spoil(monkeypatch, name, how):
     if how == "not-quantised":
         monkeypatch.setattr(train_fp8, "fake_quantize", lambda x, *_: x)
     if how == "scale-not-inverted":
-        def scaled(x, fmt, block=None, pow2=False, scale=None, dtype=None):
+        def scaled(x, fmt, block=None, pow2=False, dtype=None):
             ones = scales(train_fp8.in_blocks(x, block), fmt) * torch.ones_like(
                 train_fp8.in_blocks(x, block))
             return fake(x, fmt, block) * ones.flatten(2).flatten(0, 1)[:len(x), :x.shape[1]]
@@ -518,30 +509,42 @@ def test_all_but_the_first_and_last_four_linears_are_converted_in_place(capsys):
     assert type(model.backbone.embeddings) is torch.nn.Embedding
     assert {name: id(p) for name, p in model.named_parameters()} == before
     assert list(model.state_dict()) == list(state)
-    converted, left = capsys.readouterr().out.splitlines()
-    short = [n.replace("backbone.layers.", "").replace("mixer.", "") for n in order]
-    assert "nano2, emulated: 8 of 16 linears" in converted
-    assert converted.endswith(": " + ", ".join(short[4:12]))
-    assert f"first 4 ({', '.join(short[:4])}) and last 4 ({', '.join(short[12:16])})" in left
     weights = [model.get_submodule(name).weight.numel() for name in order[:-1]]
-    assert f"{sum(weights[4:12]) / sum(weights):.0%} of their weights" in converted
+    printed = capsys.readouterr().out
+    assert "nano2, emulated: 8 of 16 linears" in printed
+    assert f"{sum(weights[4:12]) / sum(weights):.0%} of their weights" in printed
 
 
-def test_bf16_changes_nothing_and_settings_arrive(capsys):
-    model = convert_to_fp8(HybridLM(LITTLE), "bf16")
+@FP8_RECIPES
+def test_any_module_with_linear_layers_converts(name):
+    """Of eleven linears in a row the inner three; a bias is kept, and added in high precision."""
+    layers = [nn.Linear(32, 32) for _ in range(11)]
+    model = convert_to_fp8(nn.Sequential(*layers), name, verbose=False)
+    assert linears(model, Float8Linear) == ["4", "5", "6"]
+    assert all(model[i] is layers[i] for i in (0, 1, 2, 3, 7, 8, 9, 10))
+    x = torch.randn(48, 32)
+    y = model[4](x)
+    same(y, _Float8Matmul.apply(x, layers[4].weight, RECIPES[name], "emulated") + layers[4].bias)
+    model(x).sum().backward()
+    assert layers[4].bias.grad is not None and layers[4].weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        same(model[4](x), layers[4](x))
+
+
+def test_none_changes_nothing_and_settings_arrive(capsys):
+    model = convert_to_fp8(HybridLM(LITTLE), "none")
     assert not linears(model, Float8Linear) and not capsys.readouterr().out
-    model = convert_to_fp8(model, "nemotron-h", ends=2, pow2=True, amax_reduce=True, verbose=False)
+    recipe = dataclasses.replace(RECIPES["nemotron-h"], pow2=True)
+    model = convert_to_fp8(model, recipe, ends=2, verbose=False)
     converted = linears(model, Float8Linear)
     assert len(converted) == 12 and not capsys.readouterr().out
-    expected = dataclasses.replace(RECIPES["nemotron-h"], pow2=True, amax_reduce=True)
-    assert all(model.get_submodule(name).recipe == expected for name in converted)
+    assert all(model.get_submodule(name).recipe == recipe for name in converted)
 
 
 @pytest.mark.parametrize("recipe, changes, settings, words", (
-    ("fp4", {}, {}, "--recipe is 'fp4', must be one of bf16, nemotron-h, nano2"),
+    ("fp4", {}, {}, "--recipe is 'fp4', must be one of none, nemotron-h, nano2"),
     ("nano2", {}, dict(ends=8), "and this model has 16: nothing to convert"),
-    ("nano2", {}, dict(backend="fast"), "--fp8-backend is 'fast'"),
-    ("nano2", {}, dict(backend="hopper"), "nano2 on cpu: it has no FP8 matmul"),
+    ("nano2", {}, dict(backend="hopper"), "this cpu of capability (0, 0) has no FP8 matmul"),
     ("nano2", dict(mlp_dim=200), {}, "layers.1.mixer.down_proj is 64 x 200: FP8 matmuls need"),
     ("nano2", dict(mamba_heads=18), {}, "layers.2.mixer.in_proj is 370 x 64")))
 def test_a_model_that_cannot_be_converted_is_named_in_one_line(recipe, changes, settings, words):
@@ -556,10 +559,10 @@ def test_a_model_that_cannot_be_converted_is_named_in_one_line(recipe, changes, 
 def test_backends():
     """Never silently less than what was asked for; where no device has FP8, auto is emulation."""
     for device in ("cpu", "mps"):
-        assert pick_backend("auto", "nano2", device) == "emulated"
-        with pytest.raises(ValueError, match="it has no FP8 matmul"):
-            pick_backend("hopper", "nano2", device)
-    assert pick_backend("emulated", "nano2", "cuda") == "emulated"
+        assert pick_backend("auto", RECIPES["nano2"], device) == "emulated"
+        with pytest.raises(ValueError, match="has no FP8 matmul"):
+            pick_backend("hopper", RECIPES["nano2"], device)
+    assert pick_backend("emulated", RECIPES["nano2"], "cuda") == "emulated"
 
 
 @FP8_RECIPES
