@@ -1,0 +1,159 @@
+"""Speed of model.py against transformers' NemotronH: same weights, same batch, fp32.
+
+Each side runs in fresh processes, in turn, and medians are compared as ratios: `transformers` as it
+comes, and `transformers, tuned` with the CPU settings of this project (`common.tune_cpu`).
+
+    python -m bench.model               ratios for training, prefill and decode; 3 min
+    python -m bench.model --picture     out/model-PRESET.png: layers, parameters and FLOPs by type
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import torch
+from matplotlib.figure import Figure
+
+from bench.ssm import median_seconds
+from common import check_flags, flag, script, tune_cpu
+from infer import decode_one, load_run_model, prefill
+from model import LAYER_NAMES, PRESETS, HybridConfig, HybridLM, save_hf
+
+CONFIG = HybridConfig(pattern="M-M-M*-M-M*-", vocab_size=4096, d_model=256, mlp_dim=1024, n_heads=4,
+                      n_kv_heads=2, head_dim=64, mamba_heads=8, mamba_head_dim=64, n_groups=2,
+                      d_state=64, chunk_size=64)
+SIDES = "this project", "transformers", "transformers, tuned"
+
+
+def measure_ours(folder, tokens):
+    """(loss(), prefill(rows) -> cache, decode(cache, last)) of this project."""
+    model = load_run_model(folder)
+
+    def run_prompt(rows):
+        cache = model.init_cache(len(rows), tokens.shape[1] + 64)
+        prefill(model, cache, rows)
+        return cache
+    return (model, lambda: model.loss(tokens, tokens.roll(-1, 1)), run_prompt,
+            lambda cache, last: decode_one(model, cache, last[:, 0]))
+
+
+def measure_theirs(folder, tokens):
+    """The same of transformers."""
+    import transformers         # a run of this project does not need it
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return (model, lambda: model(input_ids=tokens, labels=tokens).loss,
+            lambda rows: model(input_ids=rows, use_cache=True, logits_to_keep=1).past_key_values,
+            lambda cache, last: model(input_ids=last, past_key_values=cache, use_cache=True))
+
+
+def measure(side, folder, batch, length):
+    """One side in this process: tokens/s of a training pass, of prefill, of decode; as JSON."""
+    if side != "transformers":
+        tune_cpu()
+    torch.manual_seed(0)
+    tokens = torch.randint(0, CONFIG.vocab_size, (batch, length))
+    model, loss, run_prompt, decode = (measure_ours if side == SIDES[0] else measure_theirs)(
+        folder, tokens)
+
+    def step():
+        loss().backward()
+        model.zero_grad(set_to_none=True)
+    result = dict(train=batch * length / median_seconds(step, repeats=7))
+    model.eval()
+    with torch.inference_mode():
+        result["prefill"] = batch * length / median_seconds(lambda: run_prompt(tokens), repeats=7)
+        for rows in (1, batch):
+            cache, last = run_prompt(tokens[:rows]), tokens[:rows, :1]
+            result[f"decode{rows}"] = rows / median_seconds(lambda: decode(cache, last), repeats=59)
+    print(json.dumps(result))
+
+
+def compare(batch=8, length=512, rounds=2):
+    """Each side in processes of its own, in turn: the table of medians, and ratios."""
+    runs = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        save_hf(HybridLM(CONFIG), folder)
+        for side in SIDES * rounds:
+            done = subprocess.run(
+                [sys.executable, "-m", "bench.model", "--side", side, folder, str(batch),
+                 str(length)], capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"{side}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"  {side}: {runs[side][-1]['train']:.0f} tokens/s in training", flush=True)
+
+    keys = list(runs[SIDES[0]][0])
+    median = {side: {k: statistics.median(r[k] for r in runs[side]) for k in keys}
+              for side in SIDES}
+    print(f"\n{CONFIG.pattern}, {CONFIG.n_params():,} parameters, batch {batch} x {length}, fp32, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}; tokens/s")
+    print(f"{'':24s}" + "".join(f"{key:>12s}" for key in keys))
+    for side in SIDES:
+        print(f"{side:24s}" + "".join(f"{median[side][k]:12.0f}" for k in keys))
+    ratios = {side: {k: median[SIDES[0]][k] / median[side][k] for k in keys} for side in SIDES[1:]}
+    for side, row in ratios.items():
+        print(f"against {side:24s}" + "   ".join(f"{k} {v:.2f}x" for k, v in row.items()))
+    return dict(n_params=CONFIG.n_params(), tokens_per_s=median, ratios=ratios)
+
+
+def plot_architecture(config, path, context=8192):
+    """The pattern as a strip of coloured layers; parameters and training FLOPs by type below."""
+    colours = {"M": "#4c72b0", "*": "#c44e52", "-": "#b8b8b8", "head": "#55a868",
+               "embedding": "#8172b2"}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    strip, bars = figure.subplots(2, 1, height_ratios=[1, 2.2])
+    strip.bar(range(len(config.pattern)), 1, 0.9, color=[colours[c] for c in config.pattern])
+    strip.set(xlim=(-1, len(config.pattern)), yticks=[], xlabel="layer",
+              title=f"{len(config.pattern)} layers, {config.n_params() / 1e6:,.0f} M parameters")
+    for y, values in enumerate((config.params_by_part(), config.flops_by_part(context))):
+        left = 0
+        for part in [part for part in colours if part in values]:
+            share = values[part] / sum(values.values())
+            bars.barh(y, share, left=left, color=colours[part],
+                      label=LAYER_NAMES.get(part, part) if y == 0 else None)
+            if share > 0.015:
+                bars.text(left + share / 2, y, f"{share:.0%}", ha="center", va="center", fontsize=9)
+            left += share
+    bars.set(yticks=[0, 1], xlim=(0, 1), xlabel="share of the whole",
+             yticklabels=["parameters", f"FLOPs per token\nat {context}"])
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+@dataclasses.dataclass
+class Run:
+    """Training, prefill and decode against transformers (which must be installed)."""
+    batch: int = flag(8, "sequences", at_least=1)
+    length: int = flag(512, "tokens per sequence", at_least=1)
+    rounds: int = flag(2, "processes per side", at_least=1)
+    picture: bool = flag(False, "draw --preset instead")
+    preset: str = flag("nemotron-nano-9b-v2", "what --picture draws", choices=PRESETS)
+    out: str = flag("out", "folder of the picture")
+    side: str = flag("", "side, folder, batch and length: a process of the comparison", nargs=4)
+
+    def __post_init__(self):
+        check_flags(self)
+
+
+@script(Run)
+def main(run):
+    if run.side:
+        side, folder, batch, length = run.side
+        return measure(side, folder, int(batch), int(length))
+    if run.picture:
+        path = pathlib.Path(run.out) / f"model-{run.preset}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_architecture(HybridConfig.preset(run.preset), path)
+        return dict(picture=str(path))
+    return compare(run.batch, run.length, run.rounds)
+
+
+if __name__ == "__main__":
+    main()
