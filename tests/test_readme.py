@@ -2,6 +2,7 @@
 flags.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -13,19 +14,16 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 SHORTER = {         # added to a command of this script, so that it takes seconds
-    "ssm.py": ["--quick"],
     "train_fp8.py": ["--steps", "2", "--batch-size", "2", "--seq-len", "32", "--tokenizer",
                      "bytes", "--device", "cpu"],
-    "prune_distill.py": ["--data", "my_texts", "--steps", "2", "--trial-steps", "1", "--samples",
-                         "4", "--batch-size", "2", "--seq-len", "32", "--eval-tokens", "256",
-                         "--device", "cpu"],
+    "prune_distill.py": ["--data", "my_texts", "--steps", "2", "--samples", "4", "--batch-size",
+                         "2", "--seq-len", "32", "--device", "cpu"],
     "stability.py": ["--data", "my_texts", "--tokenizer", "bytes", "--steps", "3", "--seq-len",
-                     "16", "--lr", "0.01", "--methods", "baseline", "qkv_norm", "--seeds", "1",
-                     "--device", "cpu"],
+                     "16", "--lr", "0.01", "--methods", "baseline", "qkv_norm", "--device", "cpu"],
     "infer.py": ["--tokens", "5", "--device", "cpu"],
 }
 # install, this suite, tested elsewhere
-NOT_RUN = ("pip install", "python -m pytest", "--bench", "jupyter")
+NOT_RUN = ("pip install", "python -m pytest")
 
 
 def commands():
@@ -65,8 +63,6 @@ def test_every_command_runs(tmp_path):
         assert (ROOT / script).exists(), command
         if script == "train_fp8.py" and "--data" not in flags:
             flags += ["--data", "my_texts"]
-        if "--compare" in flags:
-            flags += ["--seeds", "2"]
         shorter = SHORTER.get(script, [])
         if "out/shards" in flags and script == "train_fp8.py":      # have a tokenizer of their own
             shorter = [flag for flag in shorter if flag not in ("--tokenizer", "bytes")]
@@ -75,7 +71,10 @@ def test_every_command_runs(tmp_path):
                                 text=True)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         ran += 1
-    assert ran >= 6
+    assert ran >= 10
+    picture = subprocess.run([sys.executable, "-m", "bench.infer", "--picture"], cwd=tmp_path,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert picture.returncode == 0, picture.stderr
     assert (tmp_path / "out" / "pipeline.png").exists()         # all three stages left their logs
 
 
@@ -88,3 +87,7 @@ def test_every_snippet_runs(snippet, tmp_path, monkeypatch):
 def test_every_file_that_the_readme_names_exists():
     for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / name).exists(), name
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
