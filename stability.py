@@ -8,8 +8,7 @@ method is a change from outside to the model of model.py. With z = q k^T / sqrt(
 
     baseline        the model as it is, with a norm before each layer (pre-norm)
     soft_temp       softmax(z / 2)
-    soft_clip       the softmax is stretched to (-0.03, 1.03) and clipped to [0, 1], so that exact
-                    zeros and ones occur
+    soft_clip       softmax stretched to (-0.03, 1.03) and clipped to [0, 1]: exact zeros and ones
     sigma_reparam   each weight W becomes g W / sigma(W). sigma is its largest singular value, by
                     power iteration with one step per training pass; g is learned and starts at 1
                     (Zhai et al., arXiv 2303.06296; the gradient also flows through sigma = u^T W v)
