@@ -740,13 +740,17 @@ def test_a_trace_of_training_is_what_training_allocates():
     assert saved <= predicted <= 1.3 * saved
 
 
-def test_temporaries_grow_in_a_straight_line_from_32_chunks_on():
-    for preset in ("nemotron-nano-9b-v2", "nemotron-h-47b", "qwen3-8b-shape"):
-        config = HybridConfig.preset(preset)
-        at = [workspace_bytes(config, n, 131072) for n in (4096, 4608, 8192, 16384)]
-        slope = (at[1] - at[0]) / 512
-        for n, value in zip((8192, 16384), at[2:]):
-            assert value == pytest.approx(at[0] + slope * (n - 4096), rel=0.01)
+@pytest.mark.parametrize("preset, first", [
+    ("nemotron-nano-9b-v2", 2048), ("nemotron-h-8b", 2048), ("qwen3-8b-shape", 2048),
+    ("nemotron-h-47b", 4096)])
+def test_temporaries_grow_in_a_straight_line_from_16_chunks_on(preset, first):
+    """The 47B's from 32 on: before that, another moment of its layers is the peak."""
+    config = HybridConfig.preset(preset)
+    lengths = (first, first + 256, 2 * first, 4 * first)
+    at = [workspace_bytes(config, n, 131072) for n in lengths]
+    slope = (at[1] - at[0]) / 256
+    for n, value in zip(lengths[2:], at[2:]):
+        assert value == pytest.approx(at[0] + slope * (n - first), rel=0.01)
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux only")
