@@ -35,8 +35,8 @@ Choices, and where others differ
     or C is one batched matmul per group, with the group's heads side by side. (transformers 5.23
     repeats both; at the 9B's 128 heads on 8 groups that is 16 times the memory.)
   * Mask before exp. With exp first and the mask after, the backward meets inf * 0 = NaN.
-  * dt has no lower clamp, as in the CUDA kernels. The torch path of transformers raises dt to at
-    least 0.001 in prefill and not in decode, so that its own two paths disagree.
+  * dt has no lower clamp. transformers 5.23 raises dt to at least time_step_min (0.001) in training
+    and prefill, by kernels or torch, and not in decode, so that its own two paths disagree.
   * dt, A, cumulative sums, decays and states are fp32 whatever x is (fp64 if x is fp64); matmul
     operands have x's dtype, as in the CUDA kernels. Sums in bf16 cost 2% in the decays.
   * Differences of fp32 cumulative sums lose digits after a huge step: y is off by 4e-5 after one
@@ -336,7 +336,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dS):
-        _refuse_second_derivatives("ssd_chunked")
+        first_derivatives_only("ssd_chunked", "ssd_minimal")
         x, dt, A, B, C, D, doc, entering = ctx.saved_tensors
         b, t, g, r, p = x.shape
         dx, dB, dC = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x, B, C))
@@ -393,11 +393,11 @@ class _ChunkedScan(torch.autograd.Function):
                 None, None)
 
 
-def _refuse_second_derivatives(form):
-    """Gradients are on inside a backward only where its result is to be derived once more."""
+def first_derivatives_only(name, other):
+    """For a backward by hand: gradients are on in it only where its result is to be derived again.
+    (once_differentiable lets autograd.grad take that derivative for zero.)"""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{form} has first derivatives only: with create_graph=True use "
-                           f"ssd_minimal, whose derivatives are autograd's")
+        raise RuntimeError(f"{name} has first derivatives only: with create_graph=True use {other}")
 
 
 BACKENDS = {"chunked": ssd_chunked}     # what `ssd` can run; the end of the file adds the others
@@ -424,6 +424,7 @@ def ssd_step(state, x, dt, A, B, C, D=None):
     """One token: x (b, h, p), dt (b, h), B, C (b, g, n) -> y (b, h, p); state (b, h, p, n), which
     may be strided, is updated in place. It continues the scan exactly, and is O(1) in the context
     length."""
+    _check(x, B, C)
     groups = B.shape[1], -1
     u, a = discretize(x, dt, A)
     S = state.unflatten(1, groups)                              # (b, g, r, p, n), always a view
@@ -543,7 +544,7 @@ class Mamba2(nn.Module):
 
     d_inner = n_heads x head_dim need not be a multiple of d_model: 10240 on 4480 in the 9B.
     Parameter names are those of the released checkpoints; conv1d only holds weights. A_log, D and
-    dt_bias stay fp32 whatever the rest is."""
+    dt_bias stay fp32 whatever the rest is, after .bfloat16(), .half() and .to(dtype), too."""
 
     def __init__(self, d_model, n_heads, head_dim, d_state, n_groups, d_conv=4, chunk_size=128,
                  eps=1e-5):
@@ -570,6 +571,16 @@ class Mamba2(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.A_log.uniform_(*A_range).log_()
         self.D.fill_(1)
+
+    def _apply(self, fn, recurse=True):
+        """What .to(), .cuda() and .bfloat16() call, with fn from tensor to tensor."""
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+
+        def fp32_at_least(m):       # what is left: A_log, D, dt_bias and their gradients
+            y = fn(m)
+            return m.to(y.device, torch.float32) if y.dtype.itemsize < 4 else y
+        return super()._apply(fp32_at_least, recurse=False)
 
     def split_groups(self, xBC):
         """(..., conv_dim) -> x (..., h, p), B and C (..., g, n), as views."""
@@ -1112,7 +1123,7 @@ class _TritonScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dS):
-        _refuse_second_derivatives("ssd_triton")
+        first_derivatives_only("ssd_triton", "ssd_minimal")
         x, cs, dt, B, C, D, S0, doc = ctx.saved_tensors
         b, t, h, p = x.shape
         g, T, constants = B.shape[2], cs.shape[2], ctx.constants

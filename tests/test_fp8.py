@@ -305,6 +305,14 @@ def test_the_emulated_gemms_are_the_products_of_dequantised_operands(name, pow2,
 
 
 @FP8_RECIPES
+def test_second_derivatives_are_refused(name):
+    """Rounding has none, and autograd.grad would take them for zero."""
+    layer, x = Float8Linear(48, 32, RECIPES[name]), torch.randn(16, 48, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Float8Linear has first derivatives only"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+@FP8_RECIPES
 def test_batch_dimensions_and_the_layout_of_a_gradient_change_nothing(name):
     """A layer sees (tokens, k): leading axes are only a view, and an expanded gradient a copy."""
     layer = Float8Linear(48, 32, RECIPES[name])

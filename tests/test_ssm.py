@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssm
@@ -101,6 +102,56 @@ def test_low_precision_stays_near_fp64_of_the_same_inputs(dtype, tolerance):
     truth = value_and_gradients(ssd_recurrent, exact, seq_idx, (dy.double(), dstate.double()))
     assert result[0].dtype == dtype and result[1].dtype == torch.float32
     assert_close(result, truth, NAMES, tolerance)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("form", [ssd_recurrent, ssd_minimal, ssd_chunked])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_over_4096_tokens_each_tensor_has_what_its_dtype_can_give(dtype, form, groups):
+    """State and incoming gradients are strided. What is stored in 16 bits is off by their rounding,
+    about eps / 4; what is fp32 by fp32 sums. The chunked scan multiplies 16-bit operands, so that
+    its fp32 results carry their rounding, up to eps, but for dD, a sum of exact products.
+    """
+    *leaves, _ = inputs(t=4096, p=16, n=16, g=groups, dtype=dtype)[0]
+    leaves[1] = (leaves[1].detach() / 10).requires_grad_()          # dt as in a new layer
+    strided = lambda *shape: torch.randn(shape[::-1]).permute(3, 2, 1, 0)
+    leaves.append(strided(2, 4, 16, 16).requires_grad_())
+    dy, dstate = strided(2, 4096, 4, 16).to(dtype), strided(2, 4, 16, 16)
+    exact = [m.detach().double().requires_grad_() for m in leaves]
+    truth = value_and_gradients(ssd_chunked, exact, None, (dy.double(), dstate.double()))
+    result = value_and_gradients(form, leaves, None, (dy, dstate))
+    eps = torch.finfo(dtype).eps
+    for name, value, true in zip(NAMES, result, truth):
+        stored = 0.4 * eps if value.dtype == dtype else 0
+        multiplied = eps if form is ssd_chunked and name != "dD" else 0
+        assert_close([value], [true], [name], max(stored, multiplied, 1e-5))
+
+
+@pytest.mark.parametrize("form", [ssd_recurrent, ssd_quadratic, ssd_minimal])
+def test_forward_derivatives_equal_backward_ones(form):
+    """The forms in plain torch have both, packed and with a state to start from."""
+    leaves, seq_idx = inputs(t=20, packed=True)
+    leaves = [m.detach() for m in leaves]
+
+    def scalar(*m):
+        y, state = form(*m[:6], initial_states=m[6], seq_idx=seq_idx)
+        return y.square().sum() + state.square().sum()
+    tangents = [torch.randn_like(m) for m in leaves]
+    _, forward = torch.func.jvp(scalar, tuple(leaves), tuple(tangents))
+    backward = torch.func.grad(scalar, tuple(range(7)))(*leaves)
+    total = sum((g * tangent).sum() for g, tangent in zip(backward, tangents))
+    assert_close([forward], [total], ["jvp"], 1e-10)
+
+
+def test_what_the_chunked_scan_cannot_derive_is_an_error():
+    x, *others = (m.detach() for m in random_inputs(1, 5, 2, 3, 1, 2, dtype=torch.float64))
+    scan = lambda x: ssd_chunked(x, *others)[0].sum()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(scan)(x)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(scan)(torch.stack([x, x]))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        scan(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -302,6 +353,8 @@ def test_operands_of_several_dtypes_are_named(form):
         form(x, dt, A, B.bfloat16(), C, D)
     with pytest.raises(ValueError, match="x is torch.float16, B torch.float16 and C torch.float32"):
         form(x.half(), dt, A, B.half(), C, D)
+    with pytest.raises(ValueError, match="x is torch.float32, B torch.bfloat16 and C torch.float3"):
+        ssd_step(x.new_zeros(1, 4, 3, 5), x[:, 0], dt[:, 0], A, B[:, 0].bfloat16(), C[:, 0], D)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -506,6 +559,24 @@ def test_the_compiled_layer_is_the_layer(pretend_cuda, monkeypatch):
     assert sorted(pretend_cuda) == ["causal_conv1d", "gated_group_norm", "layer_step"]
     monkeypatch.setattr(ssm, "on_cuda", lambda x: False)
     assert_close(fast, run(), [str(i) for i in range(len(fast))], 1e-10)
+
+
+@pytest.mark.parametrize("cast, rest", [
+    (lambda m: m.bfloat16(), torch.bfloat16), (lambda m: m.half(), torch.float16),
+    (lambda m: m.to(torch.bfloat16), torch.bfloat16), (lambda m: m.double(), torch.float64)])
+def test_decays_steps_and_skips_are_never_rounded_to_16_bits(cast, rest):
+    """Nor are their gradients; inside another module, too; and back in fp32 they are what they
+    were."""
+    layer = Mamba2(24, 4, 10, 6, 2)
+    layer(torch.randn(1, 5, 24)).sum().backward()
+    names = "A_log", "D", "dt_bias"
+    before = {name: getattr(layer, name).detach().clone() for name in names}
+    cast(torch.nn.Sequential(layer))
+    wide = torch.float64 if rest == torch.float64 else torch.float32
+    for name, p in layer.named_parameters():
+        assert p.dtype == p.grad.dtype == (wide if name in names else rest), name
+    layer.float()
+    assert all(torch.equal(getattr(layer, name), before[name]) for name in names)
 
 
 def test_layer_starts_with_finite_parameters_in_the_stated_ranges():

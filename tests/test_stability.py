@@ -3,6 +3,7 @@ learning rate.
 """
 
 import contextlib
+import copy
 import json
 import math
 import signal
@@ -283,6 +284,27 @@ def test_the_gradient_flows_through_sigma():
     assert_close(torch.autograd.grad((m(W) * weight).sum(), [W, m.g]), expected, ["dW", "dg"],
                  1e-10)
     assert float((expected[0] * W).sum().detach()) == pytest.approx(0, abs=1e-12)    # no scale of W
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_of_a_changed_model_is_a_model_of_its_own(method):
+    """Its own weights and its own gradients, with FP8 linears and recomputed layers, too."""
+    config = HybridConfig(pattern="*-M-*-", vocab_size=48, d_model=32, mlp_dim=48, n_heads=2,
+                          n_kv_heads=2, head_dim=16, mamba_heads=16, mamba_head_dim=4, n_groups=2,
+                          d_state=8, chunk_size=8)
+    model = train_fp8.prepare_layers(train_fp8.Run(recompute=True), HybridLM(config), "emulated",
+                                     verbose=False)
+    apply_method(model, method)
+    tokens = torch.randint(0, config.vocab_size, (2, 9))
+    loss, other = float(model.loss(tokens, tokens).detach()), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    value = other.loss(tokens, tokens)
+    value.backward()
+    assert float(value.detach()) == loss != float(model.loss(tokens, tokens).detach())
+    assert all(p.grad is not None for p in other.parameters())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_methods_combine_with_fp8_and_with_recomputing():
