@@ -27,8 +27,10 @@ import hashlib
 import json
 import lzma
 import math
+import os
 import pathlib
 import platform
+import re
 import sysconfig
 
 import numpy as np
@@ -67,7 +69,7 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
     if "\0" in text:
         raise ValueError(f"{path} is binary (it has NUL bytes)")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return [(path.name, text)]
     documents = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -80,15 +82,26 @@ def read_text(path):
     return documents
 
 
+def files_below(folder, seen):
+    """The files in a folder and its subfolders that are not hidden. Links are followed; a folder
+    that is there twice is read once. seen: the real paths of folders, which is added to."""
+    real = folder.resolve()
+    for path in sorted(folder.iterdir()) if real not in seen else ():
+        seen.add(real)
+        if path.is_dir() and not path.name.startswith("."):
+            yield from files_below(path, seen)
+        elif (path.is_file() or path.is_symlink()) and not path.name.startswith("."):
+            yield path                                  # a link to nothing fails when it is read
+
+
 def user_documents(data):
     """[(name, text)] of a file or of every text file below a folder. Raises if there is none."""
     root, documents = pathlib.Path(data), []
     if not root.exists():
         raise FileNotFoundError(f"--data {data} does not exist (stdlib, a file or a folder)")
-    for path in [root] if root.is_file() else sorted(root.rglob("*")):
+    for path in [root] if root.is_file() else files_below(root, set()):
         place = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in place.parts)
-        if path == root or path.suffix in TEXT_SUFFIXES and path.is_file() and not hidden:
+        if path == root or path.suffix.lower() in TEXT_SUFFIXES:
             documents += [(f"{place.parent.as_posix()}/{name}", text)
                           for name, text in read_text(path) if text.strip()]
     if not documents:
@@ -98,7 +111,7 @@ def user_documents(data):
 
 def split_documents(documents):
     """(training, validation): a twentieth by hash of the name; of few documents, their ends."""
-    held_out = lambda name: hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+    held_out = lambda name: hashlib.sha256(os.fsencode(name)).digest()[0] % 20 == 0
     documents = sorted(documents)
     validation = [text for name, text in documents if held_out(name)]
     if len(documents) >= 40 and validation:
@@ -112,7 +125,7 @@ def fingerprint(data, documents, tokenizer_json=""):
     digest, size = hashlib.sha256(), 0
     for name, text in sorted(documents):
         raw = text.encode()
-        digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
+        digest.update(os.fsencode(f"{name}\0{len(raw)}\0") + raw)     # a name need not be UTF-8
         size += len(raw)
     source = f"Python {platform.python_version()} standard library" if data == "stdlib" else data
     return dict(source=str(source), documents=len(documents), bytes=size, sha256=digest.hexdigest(),
@@ -148,10 +161,18 @@ def byte_level(model, *split):
     return tokenizer
 
 
+def cut_runs(text, longest=1000):
+    """A text in pieces: runs of white space, and of anything else, are cut into parts. The time of
+    training a BPE grows with the square of its longest word."""
+    ends = [m.end() for m in re.finditer(rf"\s{{{longest}}}|\S{{{longest}}}", text)]
+    return [text[i:j] for i, j in zip([0, *ends], [*ends, len(text)])]
+
+
 def train_bpe(texts, vocab_size):
     """tokenizer.json (a str) of a byte-level BPE of vocab_size entries with the separator."""
     tokenizer = byte_level(models.BPE(), pre_tokenizers.Split(Regex(PATTERN), "isolated"))
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+    pieces = (piece for text in texts for piece in cut_runs(text))
+    tokenizer.train_from_iterator(pieces, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[SEPARATORS[0]], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tokenizer.to_str()
@@ -220,6 +241,9 @@ def encoding_from_json(text):
         raise ValueError(f"not a tokenizer.json ({type(error).__name__}: {error})") from None
     if kind != "BPE" or decoder != "ByteLevel":
         raise ValueError(f"tokenizer.json is a {kind} with a {decoder} decoder, not byte-level BPE")
+    for key in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
+        if spec["model"].get(key):
+            raise ValueError(f"tokenizer.json: {key} is {spec['model'][key]!r}, not supported")
     missing = set(byte_characters()) - set(spec["model"]["vocab"])
     if missing:
         raise ValueError(f"tokenizer.json lacks {len(missing)} of the 256 bytes")

@@ -5,6 +5,9 @@ set of ids.
 import hashlib
 import json
 import lzma
+import os
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -109,6 +112,35 @@ def test_jsonl_is_cut_at_line_feeds_alone_and_hidden_folders_are_not_read(tmp_pa
     assert [text for _, text in data.user_documents(tmp_path)] == ["one\u2028line\u0085"]
 
 
+def test_links_and_upper_case_suffixes_are_read_and_each_folder_once(tmp_path):
+    """Through links to files and folders, of which one leads back up."""
+    shelf, root = tmp_path / "shelf", tmp_path / "root"
+    for folder in (shelf, root / "sub"):
+        folder.mkdir(parents=True)
+    (shelf / "far.TXT").write_text("far")
+    (shelf / "rows.JSONL").write_text('{"text": "row"}')
+    (root / "sub" / "near.Md").write_text("near")
+    (root / "linked").symlink_to(shelf)
+    (root / "again").symlink_to(shelf)
+    (root / "sub" / "up").symlink_to(root)
+    (root / "z.txt").symlink_to(shelf / "far.TXT")
+    assert [text for _, text in data.user_documents(root)] == ["far", "row", "near", "far"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path, fails):
+    (tmp_path / "a.txt").write_text("words " * 50)
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    assert "b.txt" in fails(data.main, ["--data", str(tmp_path)])
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names there are Unicode")
+def test_a_file_name_need_not_be_utf8(tmp_path, capsys):
+    for name in (b"caf\xe9.txt", b"ok.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("words and words " * 50)
+    data.main(["--data", str(tmp_path), "--tokenizer", "bytes"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["documents"] == 2
+
+
 def test_statistics_of_a_few_words(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("hello world")
     data.main(["--data", str(tmp_path / "a.txt"), "--tokenizer", "bytes"])
@@ -178,6 +210,53 @@ def test_ids_may_start_anywhere_as_nemotrons_do(tokenizer_json):
     assert min(ours.encode_ordinary("hello")) > 1000
 
 
+def all_splits(spec):
+    """A tokenizer.json as it is made of a tiktoken vocabulary: one merge for each way to split a
+    token into two known ones, in the order of tokens."""
+    order = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
+    known = spec["model"]["vocab"]
+    spec["model"]["merges"] = [[token[:i], token[i:]] for token in order
+                               for i in range(1, len(token))
+                               if token[:i] in known and token[i:] in known]
+
+
+def whole_word(spec):
+    """A word that no merge makes, as hundreds of Llama-3's."""
+    spec["model"]["vocab"]["Ġdefinitely"] = len(spec["model"]["vocab"])
+    spec["model"]["ignore_merges"] = True
+
+
+def gpt2_words(spec):
+    spec["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True,
+                                 use_regex=True)
+
+
+@pytest.mark.parametrize("change", [all_splits, whole_word, gpt2_words])
+def test_what_tokenizers_of_other_makers_say_is_obeyed(tokenizer_json, corpus, change):
+    """The ids of the tokenizers library on 300 documents, and the text comes back."""
+    changed = broken(tokenizer_json, change)
+    theirs, ours = Tokenizer.from_str(changed), encoding_from_json(changed)
+    texts = [text[:2000] for _, text in corpus[:299]] + ["we definitely go, don't we?"]
+    ids = ours.encode_ordinary_batch(texts)
+    assert ids == [e.ids for e in theirs.encode_batch(texts, add_special_tokens=False)]
+    assert [ours.decode(i) for i in ids] == texts
+    if change is all_splits:
+        assert len(json.loads(changed)["model"]["merges"]) > 1.2 * (ours.n_vocab - 257)
+
+
+@pytest.mark.parametrize("letter", ["a", " "])
+def test_training_cuts_words_without_end(letter, monkeypatch):
+    """The time of training grows with the square of the longest word."""
+    text = "one " + 2500 * letter + " two" + 2 * letter
+    pieces = data.cut_runs(text)
+    assert "".join(pieces) == text and data.cut_runs("a b") == ["a b"]
+    assert max(len(run) for piece in pieces for run in re.split(r"(\s+)", piece)) <= 1000
+    seen = []
+    monkeypatch.setattr(data, "cut_runs", lambda text: seen.append(text) or [text])
+    train_bpe(["short text"], 300)
+    assert seen == ["short text"]
+
+
 def test_gpt2_style_tokenizer_without_split_loads(corpus):
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -201,6 +280,9 @@ def broken(tokenizer_json, change):
     (lambda s: s["model"].pop("merges"), "not a tokenizer.json"),
     (lambda s: s["model"]["vocab"].pop("A"), "lacks 1 of the 256 bytes|not a tokenizer.json"),
     (lambda s: s["model"].update(vocab=[]), "not a tokenizer.json"),
+    (lambda s: s["model"].update(dropout=0.1), "dropout is 0.1, not supported"),
+    (lambda s: s["model"].update(byte_fallback=True), "byte_fallback is True, not supported"),
+    (lambda s: s["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix is '</w>'"),
     (lambda s: s.update(decoder=None), "is a BPE with a None decoder, not byte-level BPE"),
     (lambda s: s.update(model=dict(type="WordLevel", vocab={"a": 0}, unk_token="a")),
      "is a WordLevel with")])
