@@ -54,7 +54,7 @@ from torch.overrides import TorchFunctionMode
 from common import GIB, StopRequest, check_flags, flag, flag_name, free_bytes, pick_device, \
     read_json, script, tune_cpu
 from data import assigned_ids, encoding_from_json, separator_id
-from model import HybridCache, HybridConfig, HybridLM, config_from_hf, load_hf
+from model import HybridCache, HybridConfig, HybridLM, load_hf, read_config
 from ssm import Linear
 
 
@@ -103,10 +103,21 @@ def load_encoding(folder):
                 f"{folder} has no {name}: run python train_fp8.py, or give --checkpoint a folder "
                 "with config.json, tokenizer.json and all *.safetensors of a Nemotron-H model")
     encoding = encoding_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    ours, entries = encoding.n_vocab, config_from_hf(read_json(folder / "config.json")).vocab_size
+    ours, entries = encoding.n_vocab, read_config(folder).vocab_size
     if ours > entries:
         raise ValueError(f"{folder}: the tokenizer has {ours} entries, the model {entries}")
     return encoding
+
+
+def check_template(folder):
+    """Raises ValueError if a chat template beside the model is not that of Nano 2."""
+    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template = own.read_text(encoding="utf-8") if own.exists() else \
+        settings.exists() and read_json(settings).get("chat_template")
+    markers = SYSTEM, USER, ASSISTANT, END_TURN
+    if template and not all(marker.strip() in str(template) for marker in markers):
+        raise ValueError(f"--chat writes the template of Nemotron Nano 2 ({USER.strip()} ...), and "
+                         f"{folder} has another: write its turns out in --prompt")
 
 
 def load_run_model(folder, device="cpu", dtype=None):
@@ -441,11 +452,11 @@ class Settings:
 class Row:
     """One text that is being written. ids: all that was seen or said. room: tokens in the cache."""
 
-    def __init__(self, encoding, ids, seed, settings, room, device="cpu"):
+    def __init__(self, encoding, ids, seed, settings, room, device="cpu", ends=()):
         self.encoding, self.settings, self.ids = encoding, settings, list(ids)
         self.count, self.most, self.done = 0, min(settings.tokens, room), False
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.stream, self.separator = TextStream(settings.stop), separator_id(encoding)
+        self.stream, self.ends = TextStream(settings.stop), {separator_id(encoding), *ends}
         self.forced, limited = [], settings.think_budget >= 0
         self.budget = ThinkingBudget(encoding, settings.think_budget) if limited else None
 
@@ -461,10 +472,10 @@ class Row:
         return sample(logits[None], s.temperature, s.top_k, s.top_p, self.generator).item()
 
     def accept(self, token):
-        """The text to show after this id. Sets .done at the separator, a stop string or the end."""
+        """The text to show after this id. Sets .done at an end token, a stop string or the end."""
         self.ids.append(token)
         self.count += 1
-        ended = token == self.separator        # it has no text
+        ended = token in self.ends                  # it has no text
         last = ended or self.count == self.most
         raw = b"" if ended else self.encoding.decode_single_token_bytes(token)
         if self.budget:
@@ -518,8 +529,10 @@ def generate_rows(model, encoding, prompts, settings=None, seeds=None, samples=1
                   chunk=1024, stats=None):
     """Yield (row number, text): every prompt (str) continued `samples` times, in one batch.
 
-    Sample i of prompt j has seed seeds[j] + i. max_len: tokens per row of the cache. stats: a dict
-    that receives prompt_tokens, prefill_seconds, tokens, seconds, or a Counter that adds them up.
+    In fp32 a row says what it would say alone; in bf16, whose sums round differently in a batch, 1
+    of 60 greedy texts did not. Sample i of prompt j has seed seeds[j] + i. max_len: tokens per row
+    of the cache. stats: a dict that receives prompt_tokens, prefill_seconds, tokens, seconds, or a
+    Counter that adds them up.
     """
     settings, seeds = settings or Settings(), seeds or [0] * len(prompts)
     stats = {} if stats is None else stats
@@ -529,7 +542,8 @@ def generate_rows(model, encoding, prompts, settings=None, seeds=None, samples=1
     cache, start = model.init_cache(len(ids) * samples, max_len), time.perf_counter()
     logits = start_rows(model, ids, cache, chunk, samples)
     stats.update(prompt_tokens=sum(map(len, ids)), prefill_seconds=time.perf_counter() - start)
-    rows = [Row(encoding, m, seed + i, settings, max_len - longest + 1, logits.device)
+    room, ends = max_len - longest + 1, model.config.end_tokens
+    rows = [Row(encoding, m, seed + i, settings, room, logits.device, ends)
             for m, seed in zip(ids, seeds, strict=True) for i in range(samples)]
     yield from stream_rows(model, rows, cache, logits, stats)
 
@@ -587,7 +601,8 @@ class Chat:
         logits = self.run(opening, stats)
         settings = dataclasses.replace(settings, stop=(*settings.stop, END_TURN),
                                        think_budget=settings.think_budget if thinking else -1)
-        row = Row(encoding, self.history + opening, seed, settings, room, logits.device)
+        row = Row(encoding, self.history + opening, seed, settings, room, logits.device,
+                  self.model.config.end_tokens)
         try:
             for _, piece in stream_rows(self.model, [row], self.cache, logits, stats):
                 said += piece
@@ -625,7 +640,7 @@ def check_plan(config, limit, context, batch, **more):
 def show_plan(run):
     """Print bytes by part, then which GPUs hold the total and what each could do at best."""
     if run.checkpoint and not run.preset:
-        config = config_from_hf(read_json(pathlib.Path(run.checkpoint) / "config.json"))
+        config = read_config(pathlib.Path(run.checkpoint))
     else:
         changes = dict(pattern=run.pattern) if run.pattern else {}
         config = HybridConfig.preset(run.preset or "toy", **changes)
@@ -700,10 +715,12 @@ def load_what_fits(run, prompts):
     dtype = getattr(torch, str(stored if run.dtype == "auto" else run.dtype), torch.float32)
     longest = 1 + max((len(encoding.encode_ordinary(text)) for text in prompts), default=0)
     context = run.context or (4096 if run.chat else longest + run.tokens)
+    if run.chat:
+        check_template(folder)
     if longest > context:
         raise ValueError(f"the prompt has {longest} tokens, the cache holds {context}")
     cuda, free, asked = device.startswith("cuda"), free_bytes(device), run.limit_bytes()
-    config, limit = config_from_hf(values), min(asked or free, free)
+    config, limit = read_config(folder), min(asked or free, free)
     found = check_plan(config, limit, context, 1 if run.chat else len(prompts) * run.samples,
                        dtype=dtype, prefill_chunk=run.prefill_chunk, snapshots=run.chat + cuda)
     if device == "cpu":
@@ -778,8 +795,6 @@ def peak_bytes(device):
 def main(run):
     if run.plan:
         return show_plan(run)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # for a console that lacks a character
     prompts = list(run.prompt) or ([] if run.chat else [DEFAULT_PROMPT])
     model, encoding, context, chunk = load_what_fits(run, prompts)
     stats = collections.Counter()

@@ -19,7 +19,7 @@ import infer
 from bench.infer import build_random, draw_pipeline, equal_transformer, scenario
 from common import GIB
 from data import encoding_from_json, make_tokenizer, train_bpe
-from infer import (ASSISTANT, SYSTEM, USER, Chat, DecodeLinear, Decoder, Settings, TextStream,
+from infer import (ASSISTANT, END_TURN, SYSTEM, USER, Chat, DecodeLinear, Decoder, Settings, TextStream,
                    ThinkingBudget, answer_ids, decode_one, generate, generate_rows, load_run,
                    message_ids, penalise, plan, prefill, roofline, sample, start_rows, traced_peak,
                    wants_thinking, workspace_bytes)
@@ -254,6 +254,19 @@ def test_generation_stops_at_strings_separator_and_limits(loaded):
     assert say([*ids, encoding.encode_single_token("<|bos|>")],
                max_tokens=50) == "return x\nEND and more"
     assert encoding.encode_ordinary(say(ids, max_tokens=3)) == ids[:3]
+
+
+@pytest.mark.parametrize("end", [2, 11])
+@pytest.mark.parametrize("changes", [
+    dict(eos_token_id=[2, 11]), dict(eos_token_id=2, generation=dict(eos_token_id=[11])),
+    dict(generation=dict(eos_token_id=[2, 11]))])
+def test_a_text_ends_at_every_end_token(loaded, changes, end):
+    """Of config.json and of generation_config.json; the token itself is not shown."""
+    model, encoding = loaded
+    model.config = dataclasses.replace(model.config, **changes)
+    ids = [*encoding.encode_ordinary("return x"), end, *encoding.encode_ordinary("more")]
+    text = "".join(generate(Scripted(ids, model), encoding, "f", 50, temperature=0))
+    assert text == "return x"
 
 
 def test_streamed_emoji_split_over_tokens_are_whole(loaded):
@@ -529,6 +542,36 @@ def test_a_chat_keeps_its_state_and_drops_thoughts(chat_encoding):
     assert chat.cache.pos == fresh.pos
     assert_close([logits, *chat.cache.states()], [truth, *fresh.states()],
                  ["logits", "conv", "ssm"], 1e-10)
+
+
+def test_a_chat_ends_a_turn_at_an_end_token(chat_encoding):
+    """Nemotron-H ends its turns with the token that begins the next."""
+    chat = scripted_chat("hm</think>yes!no", chat_encoding)
+    [end] = chat_encoding.encode("!")
+    chat.model.config = dataclasses.replace(chat.model.config, eos_token_id=[2, end])
+    answer = "".join(chat.say("Hi"))
+    assert answer == "hm</think>yes"
+    assert chat.history == history_ids(chat_encoding, ("Hi", answer))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("chat_template.jinja", "{{ '<|im_start|>' }}"),
+    ("tokenizer_config.json", json.dumps(dict(chat_template="<|im_start|>user"))),
+    ("tokenizer_config.json", json.dumps(dict(chat_template=[dict(name="default", template="x")])))])
+def test_a_chat_in_another_template_is_refused(fails, run_folder, tmp_path, monkeypatch, name,
+                                               content):
+    def ended(_):
+        raise EOFError
+    monkeypatch.setattr("builtins.input", ended)
+    for path in run_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    argv = ["--checkpoint", str(tmp_path), "--chat", "--prompt", "Hi", "--device", "cpu"]
+    (tmp_path / name).write_text(content)
+    assert "another: write its turns out in --prompt" in fails(infer.main, argv)
+    ours = SYSTEM + USER + ASSISTANT + END_TURN
+    (tmp_path / name).write_text(ours if name.endswith("jinja") else
+                                 json.dumps(dict(chat_template=ours)))
+    infer.main([*argv, "--tokens", "2"])                # that of Nano 2 is the one it writes
 
 
 def test_a_chat_that_is_left_in_the_middle_of_a_thought_is_whole(chat_encoding):
