@@ -90,6 +90,9 @@ def script(run_class):
     """
     def decorate(main):
         def from_command_line(argv=None):
+            for stream in (sys.stdout, sys.stderr):     # for a console that lacks a character
+                if hasattr(stream, "reconfigure"):
+                    stream.reconfigure(errors="replace")
             try:
                 result = main(parse_flags(run_class, argv))
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -249,6 +252,8 @@ def replace_file(path, write):
     temporary = pathlib.Path(f"{path}.tmp")
     try:
         write(temporary)
+        os.umask(umask := os.umask(0o077))          # the only way to read it
+        temporary.chmod(0o666 & ~umask)             # safetensors writes for the owner alone
         temporary.replace(path)
     except Exception as error:
         temporary.unlink(missing_ok=True)

@@ -51,7 +51,7 @@ up_proj, down_proj | logit: z before any capping | trial: a run of one method at
 
 Left out: the paper's 0.2 T token runs for perplexity, and its tokenizer of 256k entries.
 
-    python stability.py                             four methods, one seed: 5 min on 2 cores
+    python stability.py                             four methods, one seed: 4 min on 2 cores
     python stability.py --preset toy-hybrid --out out/stability-hybrid
     python stability.py --preset stability-830m --list      the paper's sweep: sizes and cost
     python -m bench.stability                       ten methods, three seeds, three rules: 35 min
@@ -416,7 +416,7 @@ class Run:
     lr: float | None = flag(None, "tried in rising order", above=0, nargs="+", session=True)
     resolution: float | None = flag(None, "factor to which the max stable learning rate is found "
                                     "(1: no bisection)", at_least=1, session=True)
-    seed: int = flag(0, "of initialisation and data order", at_least=0)
+    seed: int = flag(0, "of initialisation and data order", at_least=0, at_most=2 ** 63 - 1)
     steps: int | None = flag(None, "optimizer steps per trial", at_least=1)
     batch_size: int | None = flag(None, "sequences per step", at_least=1)
     grad_accum: int | None = flag(None, "backward passes per step", at_least=1)
@@ -425,7 +425,7 @@ class Run:
     recompute: bool = flag(False, "activation checkpointing, as in train_fp8.py", session=True)
     eval_every: int = flag(15, "steps between evaluations and between probes", at_least=1)
     eval_tokens: int | None = flag(None, "validation tokens per evaluation", at_least=1)
-    data: str = flag("stdlib", "stdlib, a text file, a folder of text, or a folder of shards")
+    data: str = flag("stdlib", "stdlib, a file, a folder of text or of shards", session=True)
     tokenizer: str = flag("bpe", "bpe, bytes, or a tokenizer.json")
     device: str = flag("auto", "auto, cuda, mps or cpu", session=True)
     compute_dtype: str | None = flag(None, "float32 or bfloat16", choices=("float32", "bfloat16"))
@@ -674,7 +674,7 @@ def prepare(run):
     make_batches(training, text)                        # whether the text is long enough
     check_memory(training, config, getattr(torch, run.compute_dtype), device)
     return device, text, config, settings_of(run) | dict(config=dataclasses.asdict(config),
-                                                         text=text.fingerprint)
+                                                         text=text.fingerprint | dict(source=None))
 
 
 def describe(trial):

@@ -65,6 +65,7 @@ from common import (GIB, RunFolder, StopRequest, Unsaved, check_flags, flag, fre
 from data import Batches, TokenData, load_data, validation_batches
 from infer import generate, traced_peak
 from model import PRESETS, HybridConfig, HybridLM, save_hf
+from ssm import first_derivatives_only
 
 # ------------------------------------------------------------------------------------------------
 # Numbers of 8 bits and their GEMMs
@@ -267,8 +268,8 @@ class _Float8Matmul(torch.autograd.Function):
         return gemm(a, b, x.dtype, fast_accum=not recipe.x_block)      # (tokens, n)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        first_derivatives_only("Float8Linear", "recipe none")
         recipe, backend, dx, dw = ctx.recipe, ctx.backend, None, None
         x, x_inv_scale, w, w_inv_scale = ctx.saved_tensors
         g = operand(dy, recipe.g_format, recipe.g_block, recipe, backend)
@@ -358,7 +359,7 @@ class Run:
     """Train a hybrid language model. Resumes what is in --out if it is the same run."""
     preset: str = flag("toy", "one of " + ", ".join(PRESETS), choices=PRESETS)
     pattern: str = flag("", "another layer pattern than the preset's")
-    data: str = flag("stdlib", "stdlib, a text file, a folder of text, or a folder of shards")
+    data: str = flag("stdlib", "stdlib, a file, a folder of text or of shards", session=True)
     tokenizer: str = flag("bpe", "bpe, bytes, or a tokenizer.json")
     phases: str = flag((), "parts of the run, each FRACTION[:DATA[:SEQ_LEN[:LR]]]", nargs="+")
     reset_documents: bool = flag(False, "no state, convolution or attention crosses documents")
@@ -391,6 +392,7 @@ class Run:
                              f"{self.grad_accum} x {size} processes")
         if self.warmup + self.decay > 1:
             raise ValueError(f"--warmup {self.warmup} + --decay {self.decay} must be at most 1")
+        self.tokenizer = os.path.normpath(self.tokenizer)       # ./a.json is a.json
 
 
 def prepare_layers(run, model, backend, verbose=True):
@@ -639,14 +641,15 @@ def train_in_folder(run, build, report, settings=None):
     if device == "cpu":
         print(f"settings     {tune_cpu()}")
     with RunFolder(run.out, settings or settings_of(run), run.overwrite) as folder:
+        job = build(run, folder.state)
+        text, corpus = job.token_data, job.token_data.fingerprint
+        before = folder.state["fingerprint"] if folder.state else corpus
+        if before | dict(source=None) != corpus | dict(source=None):    # which may have moved
+            raise ValueError(f"the corpus or its tokenizer has changed since {run.out} was begun: "
+                             f"{before}, now {corpus}")
         if folder.result:
             print(f"finished already: {folder.path} (--overwrite starts anew)")
             return folder.result
-        job = build(run, folder.state)
-        text, corpus = job.token_data, job.token_data.fingerprint
-        if folder.state and folder.state["fingerprint"] != corpus:
-            raise ValueError(f"the corpus or its tokenizer has changed since {run.out} was begun: "
-                             f"{folder.state['fingerprint']}, now {corpus}")
         folder.notes = dict(notes=job.notes, compute_dtype=str(job.model.compute_dtype)[6:],
                             fingerprint=corpus, tokenizer_json=text.tokenizer_json)
         if size > 1:

@@ -265,7 +265,7 @@ class Run:
     memory_gib: float = flag(0.0, "refuse what needs more; 0: what is free", at_least=0)
     device: str = flag("auto", "auto, cuda, mps or cpu")
     dtype: str = flag("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
-    seed: int = flag(0, "of the weights", at_least=0)
+    seed: int = flag(0, "of the weights", at_least=0, at_most=2 ** 60)
 
     def __post_init__(self):
         check_flags(self)

@@ -47,7 +47,7 @@ class Run(stability.Run):
     methods: str = flag(tuple(METHODS), "of " + ", ".join(METHODS), nargs="+", session=True)
     resolution: float = flag(1.2, "factor to which max stable learning rates are found",
                              at_least=1, session=True)
-    seed: int = flag(0, "the first one", at_least=0, session=True)
+    seed: int = flag(0, "the first one", at_least=0, at_most=2 ** 60, session=True)
     seeds: int = flag(3, "how many", at_least=1, session=True)
     workers: int = flag(0, "processes; 0 is one per core, or per GPU", at_least=0, session=True)
     out: str = flag("out/bench-stability", "folder of the trials and plots", session=True)

@@ -3,9 +3,11 @@ never half written.
 """
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import re
+import sys
 
 import pytest
 import torch
@@ -88,6 +90,14 @@ def test_errors_of_a_script_are_one_line_and_a_code(capsys, error, code, words):
 def test_a_script_ends_with_its_result_in_json(capsys):
     script(Flags)(lambda run: dict(steps=run.steps))(["--steps", "4"])
     assert json.loads(capsys.readouterr().out) == dict(steps=4)
+
+
+def test_a_console_that_lacks_a_character_does_not_end_a_script(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "cp1252"))
+    script(Flags)(lambda run: print("слово") or dict(steps=1))([])
+    sys.stdout.flush()
+    assert raw.getvalue().splitlines() == [b"?????", b'{"steps": 1}']
 
 
 def test_a_file_is_old_or_new_and_a_torn_log_ends_where_it_is_torn(tmp_path):

@@ -446,11 +446,26 @@ def test_a_folder_of_another_run_is_refused_and_kept(fails, text, tmp_path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     argv = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "3"]
     assert "holds another run (steps 2, now 3)" in fails(train_fp8.main, argv)
-    argv[1] = "mistyped"
-    assert "holds another run (data" in fails(train_fp8.main, argv)
+    argv[1], argv[-1] = "mistyped", "2"
+    assert "--data mistyped does not exist" in fails(train_fp8.main, argv)
+    other = tmp_path / "other.txt"
+    other.write_text("another text " * 3000)
+    argv[1] = str(other)
+    assert "the corpus or its tokenizer has changed" in fails(train_fp8.main, argv)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     run_main(text, out, "--steps", "3", "--overwrite")
     assert torch.load(out / "train_state.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_goes_on_wherever_its_text_has_moved(text, tmp_path, capsys, finished):
+    """A run knows its text by the fingerprint, not by the spelling of --data."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    run_main(f"{text}/", out, "--steps", "2", *([] if finished else ["--stop-after", "1"]))
+    shutil.copytree(text, moved)
+    run_main(moved, out, "--steps", "2")
+    assert ("finished already" in capsys.readouterr().out) == finished
+    assert len(metrics(out)) == 2
 
 
 def test_a_folder_that_filled_meanwhile_is_refused_and_kept(fails, text, tmp_path, monkeypatch):
