@@ -42,16 +42,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from common import GIB, check_flags, flag, read_json, replace_file, script, write_json
-from ssm import Linear, Mamba2, MambaState, accumulator, documents
+from ssm import Linear, Mamba2, MambaState, accumulator, documents, first_derivatives_only
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
 
 LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
+FLOAT_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+INDEX = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass
@@ -74,6 +75,10 @@ class HybridConfig:
     norm_eps: float = 1e-5
     rope_theta: float | None = None     # rotary base, for transformer baselines only
     bos_token_id: int | None = None     # the separator between documents
+    eos_token_id: int | list | None = None      # what ends a text: one id or several; None: bos
+    pad_token_id: int | None = None
+    max_positions: int | None = None    # tokens that a text may have, by its maker's word
+    generation: dict | None = None      # generation_config.json, kept as it is
 
     def __post_init__(self):
         if not self.pattern or set(str(self.pattern)) - set(LAYER_NAMES):
@@ -97,6 +102,14 @@ class HybridConfig:
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not one of: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def end_tokens(self):
+        """The ids after which a text has ended, those of generation_config.json included."""
+        ends = [self.eos_token_id, (self.generation or {}).get("eos_token_id")]
+        ends = [i for some in ends if some is not None
+                for i in (some if isinstance(some, list) else [some])]
+        return ends or [i for i in [self.bos_token_id] if i is not None]
 
     @property
     def d_inner(self):
@@ -224,14 +237,24 @@ class _CrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        first_derivatives_only("cross_entropy", "torch's own cross_entropy")
         dh, dweight = ctx.saved_tensors
         return dh * g.to(dh.dtype), (dweight * g).to(ctx.dtype), None, None, None
 
 
+def check_labels(labels, vocab_size):
+    """Raises ValueError for labels beyond the vocabulary. (On CUDA the kernel stops at them.)"""
+    if labels.numel() and labels.device.type not in ("cuda", "meta") and labels.max() >= vocab_size:
+        raise ValueError(f"labels reach {labels.max()}, the vocabulary is 0 to {vocab_size - 1}; "
+                         "one that is to be left out is below 0")
+
+
 def cross_entropy(h, weight, labels, block=1024):
-    """Mean -log softmax(h W^T)[label] in nats; h (tokens, d), weight (v, d), labels (tokens,)."""
+    """Mean -log softmax(h W^T)[label] in nats; h (tokens, d), weight (v, d), labels (tokens,), of
+    which those below 0 are left out. Raises ValueError for labels beyond the vocabulary, and
+    RuntimeError for second derivatives, as kd_loss, Float8Linear and ssd_chunked do."""
+    check_labels(labels, len(weight))
     want_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return _CrossEntropy.apply(h, weight, labels, block, want_grad)
 
@@ -540,64 +563,106 @@ HF_FIELDS = dict(       # ours = key in config.json of nemotron_h
     n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
     mamba_heads="mamba_num_heads", mamba_head_dim="mamba_head_dim", n_groups="n_groups",
     d_state="ssm_state_size", d_conv="conv_kernel", chunk_size="chunk_size",
-    norm_eps="layer_norm_epsilon", bos_token_id="bos_token_id")
+    norm_eps="layer_norm_epsilon", bos_token_id="bos_token_id", eos_token_id="eos_token_id",
+    pad_token_id="pad_token_id", max_positions="max_position_embeddings")
+HF_OLD_NAMES = dict(attention_head_dim="head_dim", mamba_n_groups="n_groups",
+                    mamba_d_conv="conv_kernel", mamba_chunk_size="chunk_size",
+                    mamba_conv_bias="use_conv_bias", layer_types="layers_block_type",
+                    mamba_dt_limit="time_step_limit")
 HF_LAYERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*",
              "mlp": "-", "moe": "E"}
 HF_MUST_BE = dict(mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embeddings=False,
                   use_bias=False, mlp_bias=False, attention_bias=False, mamba_proj_bias=False,
-                  use_conv_bias=True)
+                  use_conv_bias=True, quantization_config=None, sliding_window=None,
+                  attention_dropout=None, hidden_dropout=None)
 
 
-def config_from_hf(values):
-    """A HybridConfig from config.json's values, old and new. A ValueError names the key."""
+def config_from_hf(values, generation=None):
+    """A HybridConfig from the values of config.json, old and new, and of generation_config.json.
+    What the model cannot obey raises a ValueError that names the key."""
     kind = values.get("model_type")
     if kind not in ("nemotron_h", "nemotron_h_rope"):
         raise ValueError(f"config.json: model_type is {kind!r}, must be 'nemotron_h'")
+    values = {HF_OLD_NAMES.get(key, key): value for key, value in values.items()}
     for key, value in HF_MUST_BE.items():
-        if values.get(key, value) != value:
+        if (values.get(key, value) or None) != (value or None):
             raise ValueError(f"config.json: {key} is {values[key]!r}, only {value!r} is supported")
-    pattern = values.get("hybrid_override_pattern") or "".join(
-        HF_LAYERS.get(c, "?") for c in values.get("layers_block_type") or [])
-    values = {"head_dim": values.get("attention_head_dim"), **values}
+    low, high = values.get("time_step_limit") or (0, math.inf)
+    if low > 0 or isinstance(high, (int, float)) and high < math.inf:
+        raise ValueError(f"config.json: time_step_limit is {[low, high]}, dt has no limits here")
+    layers = "".join(HF_LAYERS.get(str(c), "?") for c in values.get("layers_block_type") or [])
+    pattern = values.get("hybrid_override_pattern") or layers
+    count = values.get("num_hidden_layers") or len(str(pattern))
+    if layers not in ("", pattern) or count != len(str(pattern)):
+        raise ValueError(f"config.json: hybrid_override_pattern {pattern} is not what "
+                         f"layers_block_type {layers} or num_hidden_layers {count} says")
     known = {ours: values[theirs] for ours, theirs in HF_FIELDS.items()
              if values.get(theirs) is not None}
-    optional = "chunk_size", "norm_eps", "bos_token_id", "d_conv"
+    optional = "chunk_size", "norm_eps", "d_conv", *(      # and what a config may lack
+        field.name for field in dataclasses.fields(HybridConfig) if field.default is None)
     missing = [theirs for ours, theirs in HF_FIELDS.items()
                if ours not in known and ours not in optional]
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)} missing")
     rope = values.get("rope_theta") if kind == "nemotron_h_rope" else None
-    return HybridConfig(pattern=pattern, rope_theta=rope, **known)
+    config = HybridConfig(pattern=pattern, rope_theta=rope, generation=generation, **known)
+    for i in config.end_tokens:
+        if type(i) is not int or not 0 <= i < config.vocab_size:
+            raise ValueError(f"config.json: eos_token_id {i!r} is not an id of the vocabulary, 0 to "
+                             f"{config.vocab_size - 1}")
+    return config
+
+
+def read_config(folder):
+    """The HybridConfig of a Hugging Face folder. Raises FileNotFoundError or ValueError."""
+    generation = folder / "generation_config.json"
+    try:
+        return config_from_hf(read_json(folder / "config.json"),
+                              read_json(generation) if generation.exists() else None)
+    except TypeError as error:          # a list where there should be a number, and the like
+        raise ValueError(f"{folder / 'config.json'} has a value of a wrong type: {error}") from None
 
 
 def config_to_hf(config, dtype):
-    """config.json's values. transformers clamps dt at time_step_min, except in its kernels."""
+    """config.json's values. transformers 5.23 raises dt to time_step_min, but in decode."""
     values = {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
+    values = {key: value for key, value in values.items() if value is not None}
+    values.setdefault("bos_token_id", None)         # else transformers takes 1 and 2
+    values.setdefault("eos_token_id", values["bos_token_id"])
     if config.rope_theta is not None:
         values["rope_theta"] = config.rope_theta
     return dict(model_type="nemotron_h" if config.rope_theta is None else "nemotron_h_rope",
                 architectures=["NemotronHForCausalLM"], hybrid_override_pattern=config.pattern,
-                num_hidden_layers=len(config.pattern), **values, **HF_MUST_BE, time_step_min=1e-9,
-                time_step_max=0.1, initializer_range=math.sqrt(0.8 / config.d_model),
-                eos_token_id=config.bos_token_id, torch_dtype=str(dtype)[6:])
+                num_hidden_layers=len(config.pattern), **values,
+                **{key: value for key, value in HF_MUST_BE.items() if value is not None},
+                initializer_range=math.sqrt(0.8 / config.d_model), time_step_min=1e-9,
+                time_step_max=0.1, torch_dtype=str(dtype)[6:])
 
 
 def read_tensors(folder):
     """Yield (file, name, tensor) of a checkpoint, in one file or in shards; raises as `load_hf`."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists() and not (folder / "model.safetensors").exists():
+    index, whole, files = folder / INDEX, folder / "model.safetensors", ["model.safetensors"]
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or set(map(type, weight_map.values())) - {str}:
+            raise ValueError(f"{index} has no weight_map from tensors to files")
+        files = sorted(set(weight_map.values()))
+        if whole.exists() and whole.name not in files:
+            raise ValueError(f"{folder} has {whole.name} and an index of other files: remove one")
+    elif not whole.exists():
         raise FileNotFoundError(f"{folder} has config.json but no weights (model.safetensors)")
-    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map")
-    for file in sorted(set(weight_map.values())):
+    for file in files:
         try:
             with safe_open(folder / file, "pt") as shard:
                 names = list(shard.keys())
+            moved = [n for n in names if index.exists() and weight_map.get(n) != file]
+            if moved:
+                raise ValueError(f"{folder / file} holds {moved[0]}, which {index.name} has in "
+                                 f"{weight_map.get(moved[0], 'no file')}")
             for name in names:      # opened anew each time: no mapped page outlives its tensor
                 with safe_open(folder / file, "pt") as shard:
                     yield folder / file, name, shard.get_tensor(name)
-        except (FileNotFoundError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / file} is not a complete safetensors file: {error}") \
                 from None
 
@@ -616,14 +681,18 @@ def load_hf(folder, device="cpu", dtype=None):
     FileNotFoundError or ValueError for missing files and for broken or foreign checkpoints.
     """
     folder = pathlib.Path(folder)
-    config = config_from_hf(read_json(folder / "config.json"))
+    config = read_config(folder)
     with torch.device("meta"):
         model = HybridLM(config)
     wanted, loaded = dict(model.named_parameters()), set()
     for file, key, value in read_tensors(folder):
         name = "backbone." + key.removeprefix("model.") if key.startswith("model.") else key
-        if name not in wanted:
-            raise ValueError(f"{file}: tensor {key} is not part of pattern {config.pattern}")
+        if name not in wanted or name in loaded:
+            raise ValueError(f"{file}: tensor {key} is not part of pattern {config.pattern}, or is "
+                             "there twice")
+        if value.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{file}: {key} is {str(value.dtype)[6:]}: quantised checkpoints are "
+                             "not supported, take the one in bfloat16")
         if value.shape != wanted[name].shape:
             raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, config.json asks for "
                              f"{tuple(wanted[name].shape)}")
@@ -638,20 +707,40 @@ def load_hf(folder, device="cpu", dtype=None):
     return model
 
 
+def tensors_to_save(model):
+    """{name: tensor} of a HybridLM, compiled or not, as its config asks for. Raises ValueError."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, HybridConfig):
+        raise ValueError(f"only a HybridLM can be saved, not a {type(model).__name__}")
+    with torch.device("meta"):
+        wanted = {name: p.shape for name, p in HybridLM(config).named_parameters()}
+    tensors = {name.replace("_orig_mod.", ""): p.detach()       # torch.compile's prefix
+               for name, p in model.named_parameters()}
+    for name in {**wanted, **tensors}:
+        p, shape = tensors.get(name), wanted.get(name)
+        if p is None or p.shape != shape or p.dtype not in FLOAT_DTYPES or p.is_meta:
+            found = "not there (or tied to another)" if p is None else \
+                f"{tuple(p.shape)} {str(p.dtype)[6:]} on {p.device}"
+            raise ValueError(f"the model is not what its config says, and is not saved: {name} is "
+                             f"{found}, the config asks for {shape and tuple(shape)}")
+    return tensors
+
+
 def save_hf(model, folder, shard_bytes=5 * 10 ** 9):
     """Write a checkpoint that transformers opens as NemotronH: config.json and model.safetensors,
     in several files above shard_bytes; dtypes are kept.
 
     One file replaces one file at once. If there are several, before or after, the folder has no
-    config.json until all are there, so that no mixture of two checkpoints can be loaded.
+    config.json until all are there, so that no mixture of two checkpoints can be loaded. Raises
+    ValueError, with nothing written, for a model whose parameters are not those of its config.
     """
-    folder = pathlib.Path(folder)
+    tensors, folder = tensors_to_save(model), pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
-    for name, p in model.named_parameters():
+    for name, p in tensors.items():
         if shards[-1] and size + p.nbytes > shard_bytes:
             shards, size = shards + [{}], 0
-        shards[-1][name], size = p.detach().contiguous(), size + p.nbytes
+        shards[-1][name], size = p.contiguous(), size + p.nbytes
     names = ["model.safetensors"] if len(shards) == 1 else \
         [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
 
@@ -664,10 +753,12 @@ def save_hf(model, folder, shard_bytes=5 * 10 ** 9):
         (folder / name).unlink()
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-        total = sum(p.nbytes for p in model.parameters())
-        write_json(folder / "model.safetensors.index.json",
-                   dict(metadata=dict(total_size=total), weight_map=weight_map))
-    write_json(folder / "config.json", config_to_hf(model.config, model.lm_head.weight.dtype))
+        total = sum(p.nbytes for p in tensors.values())
+        write_json(folder / INDEX, dict(metadata=dict(total_size=total), weight_map=weight_map))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if model.config.generation is not None:
+        write_json(folder / "generation_config.json", model.config.generation)
+    write_json(folder / "config.json", config_to_hf(model.config, tensors["lm_head.weight"].dtype))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -62,13 +62,13 @@ import hashlib
 import itertools
 import math
 import pathlib
+import shutil
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 import train_fp8
@@ -76,8 +76,8 @@ from common import (GIB, check_flags, flag, pick_device, pick_dtype, rank_and_si
                     settings_of, start_processes)
 from data import Batches, load_data
 from infer import load_run, workspace_bytes
-from model import HybridConfig, HybridLM, set_parameter
-from ssm import accumulator
+from model import HybridConfig, HybridLM, check_labels, set_parameter
+from ssm import accumulator, first_derivatives_only
 from train_fp8 import Job, check_memory, evaluate, shard, train, train_in_folder
 
 # ------------------------------------------------------------------------------------------------
@@ -332,16 +332,16 @@ class _KLDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, teacher_h, teacher_weight, block, want_grad):
-        fine, count = accumulator(h), max(len(h), 1)
+        accum_dtype, count = accumulator(h), max(len(h), 1)
         dh = torch.empty_like(h) if want_grad else None
-        dweight = torch.zeros_like(weight, dtype=fine) if want_grad else None
+        dweight = torch.zeros_like(weight, dtype=accum_dtype) if want_grad else None
         w, teacher_w = weight.to(h.dtype), teacher_weight.to(teacher_h.dtype)
-        total = h.new_zeros((), dtype=fine)
+        total = h.new_zeros((), dtype=accum_dtype)
         for i in range(0, len(h), block):
             rows = h[i:i + block]
-            log_q = (rows @ w.t()).to(fine)                                     # (block, v)
+            log_q = (rows @ w.t()).to(accum_dtype)                                     # (block, v)
             log_q -= log_q.logsumexp(-1, keepdim=True)
-            log_p = (teacher_h[i:i + block] @ teacher_w.t()).to(fine)
+            log_p = (teacher_h[i:i + block] @ teacher_w.t()).to(accum_dtype)
             log_p -= log_p.logsumexp(-1, keepdim=True)
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum()
@@ -354,10 +354,10 @@ class _KLDivergence(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        first_derivatives_only("kd_loss", "torch's own kl_div")
         dh, dweight = ctx.saved_tensors
-        return dh * g, (dweight * g).to(ctx.dtype), None, None, None, None
+        return dh * g.to(dh.dtype), (dweight * g).to(ctx.dtype), None, None, None, None
 
 
 def kd_loss(h, weight, teacher_h, teacher_weight, labels=None, block=256):
@@ -371,6 +371,7 @@ def kd_loss(h, weight, teacher_h, teacher_weight, labels=None, block=256):
         raise ValueError(f"the student's vocabulary has {len(weight)} entries, the teacher's "
                          f"{len(teacher_weight)}: distillation compares entry with entry")
     if labels is not None:
+        check_labels(labels, len(weight))
         kept = labels >= 0
         h, teacher_h = h[kept], teacher_h[kept]
     want_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
@@ -532,7 +533,7 @@ class Run:
     """Prune a trained model to a memory budget and distil it from the original."""
 
     teacher: str = flag("out/base", "run folder, or Hugging Face folder", session=True)
-    data: str = flag("stdlib", "text to measure on and to distil with, as in training")
+    data: str = flag("stdlib", "text to measure on and to distil with", session=True)
     memory_gib: float = flag(0.0, "budget of weights, caches, temporaries; 0: --keep", at_least=0)
     keep: float = flag(0.72, "budget as a share of the teacher's bytes", above=0, at_most=1)
     context: int = flag(4096, "tokens of each sequence that must fit", at_least=1)
@@ -548,7 +549,7 @@ class Run:
     seq_len: int = flag(256, "tokens per sequence", at_least=1)
     lr: float = flag(1.5e-3, "peak learning rate", above=0)
     scratch: bool = flag(True, "also train the same shape from nothing, on as many tokens")
-    seed: int = flag(0, "of data order, and of the model from nothing", at_least=0)
+    seed: int = flag(0, "of data order and a new model", at_least=0, at_most=2 ** 63 - 1)
     device: str = flag("auto", "auto, cuda, mps or cpu", session=True)
     compute_dtype: str = flag("auto", "float32 or bfloat16; auto: bfloat16 where it is fast",
                               choices=("auto", "float32", "bfloat16"))
@@ -748,6 +749,9 @@ def report(run, teacher_config, training, job, rows, student_loss):
     plot_recovery(seen, before, scratch, f"{percent(recovered(student_loss))} of the loss that "
                   "pruning added is recovered", picture)
     print(f"plot         {picture}")
+    for name in ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"):
+        if (pathlib.Path(run.teacher) / name).exists():         # how a chat with it is written
+            shutil.copy(pathlib.Path(run.teacher) / name, run.out)
     return notes | dict(student_val_loss=student_loss, recovered=recovered(student_loss),
                         params_before=teacher_config.n_params(), params_after=config.n_params(),
                         memory_gib_before=request.needs(teacher_config) / GIB,

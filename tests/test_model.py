@@ -1,8 +1,11 @@
 """The model is the released architecture: in its numbers, in its logits, in its files."""
 
+import copy
+import dataclasses
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_close
+from safetensors.torch import load_file, save_file
 
 import common
 import model as model_file
@@ -502,15 +506,45 @@ def test_loading_peaks_at_the_weights_and_one_tensor(tmp_path, dtype, stored):
     (lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * 50),
      "not a complete safetensors"),
     (lambda folder: edit(folder, "hidden_size", 32), "config.json asks for"),
-    (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*"), "is not part of pattern"),
-    (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*-M"), "tensors are missing"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*"), "num_hidden_layers 5 says"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", "M-*M-"), "is not part of pattern"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", "M-M*-M", num_hidden_layers=6),
+     "tensors are missing"),
+    (lambda folder: edit(folder, "layers_block_type", ["mamba", "mlp", "mlp", "attention", "mlp"]),
+     "is not what layers_block_type M--\\*- or"),
+    (lambda folder: edit(folder, "quantization_config", dict(quant_method="fp8")),
+     "quantization_config is {'quant_method': 'fp8'}"),
+    (lambda folder: edit(folder, "sliding_window", 512), "sliding_window is 512"),
+    (lambda folder: edit(folder, "layers_block_type", 5), "has a value of a wrong type"),
+    (lambda folder: edit(folder, "attention_dropout", 0.1), "attention_dropout is 0.1"),
+    (lambda folder: edit(folder, "time_step_limit", [0.001, math.inf]), "dt has no limits here"),
+    (lambda folder: edit(folder, "time_step_limit", [0.0, 0.1]), "dt has no limits here"),
+    (lambda folder: edit(folder, "mamba_conv_bias", False), "use_conv_bias is False"),
+    (lambda folder: edit(folder, "mamba_d_conv", 5), "config.json asks for"),
+    (lambda folder: edit(folder, "eos_token_id", [2, 61]), "eos_token_id 61 is not an id"),
+    (lambda folder: edit(folder, "eos_token_id", "</s>"), "eos_token_id '</s>' is not an id"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [99]}'),
+     "eos_token_id 99 is not an id"),
+    (lambda folder: (folder / "generation_config.json").write_text("["), "is not JSON"),
+    (lambda folder: store(folder, "lm_head.weight", lambda m: m.to(torch.float8_e4m3fn)),
+     "lm_head.weight is float8_e4m3fn: quantised"),
+    (lambda folder: store(folder, "backbone.layers.1.mixer.up_proj.weight", lambda m: m.char()),
+     "up_proj.weight is int8: quantised"),
+    (lambda folder: index(folder, {}), "an index of other files: remove one"),
+    (lambda folder: index(folder, {"lm_head.weight": None}), "no weight_map from tensors to files"),
+    (lambda folder: index(folder, {"lm_head.weight": "model.safetensors"}),
+     "which model.safetensors.index.json has in no file"),
     (lambda folder: edit(folder, "hybrid_override_pattern", "M-ME-"), "experts are not supported"),
     (lambda folder: edit(folder, "mlp_hidden_act", "silu"), "mlp_hidden_act is 'silu'"),
     (lambda folder: edit(folder, "ssm_state_size", None), "ssm_state_size missing"),
-    (lambda folder: edit(folder, "hybrid_override_pattern", 5), "pattern 5 must be letters of M"),
+    (lambda folder: edit(folder, "hybrid_override_pattern", 5, num_hidden_layers=1),
+     "pattern 5 must be letters of M"),
     (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a JSON object"),
     (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
-     "has no weight_map")])
+     "has no weight_map"),
+    (lambda folder: twice(folder), "holds lm_head.weight, which .* has in model-00001"),
+    (lambda folder: store(folder, "model.norm_f.weight", lambda m: m, "backbone.norm_f.weight"),
+     "or is there twice")])
 def test_broken_and_foreign_checkpoints_are_named(tmp_path, damage, words):
     save_hf(tiny(torch.float32), tmp_path)
     damage(tmp_path)
@@ -519,9 +553,174 @@ def test_broken_and_foreign_checkpoints_are_named(tmp_path, damage, words):
     assert "\n" not in str(error.value)
 
 
-def edit(folder, key, value):
+def edit(folder, key, value, **more):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    (folder / "config.json").write_text(json.dumps({**config, key: value, **more}))
+
+
+def store(folder, name, change, source=None):
+    """Write change(tensor) of the tensor `source`, by default `name` itself, under this name."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[source or name]).clone()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+
+
+def twice(folder):
+    """Two files that both hold the head, of which the index names the first."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model-00001.safetensors")
+    save_file({"lm_head.weight": tensors["lm_head.weight"] + 1}, folder / "model-00002.safetensors")
+    names = {name: "model-00001.safetensors" for name in tensors}
+    index(folder, {**names, "unknown": "model-00002.safetensors"})
+
+
+def test_config_keys_have_old_names_too():
+    """What transformers renames when it reads a configuration is read here."""
+    config = HybridConfig(**TINY)
+    values = config_to_hf(config, torch.float32)
+    for old, new in model_file.HF_OLD_NAMES.items():
+        if new in values:
+            values[old] = values.pop(new)
+    assert "mamba_n_groups" in values and config_from_hf(values).n_groups == 2
+
+
+def test_end_tokens_and_lengths_survive_loading_and_saving(tmp_path):
+    """As in a released folder, where config.json names fewer end tokens than generation_config."""
+    transformers = pytest.importorskip("transformers")
+    first, second = tmp_path / "a", tmp_path / "b"
+    save_hf(tiny(torch.float32), first)
+    edit(first, "bos_token_id", 1, eos_token_id=2, pad_token_id=0, max_position_embeddings=131072)
+    generation = dict(bos_token_id=1, eos_token_id=[2, 11], pad_token_id=0, temperature=0.6)
+    (first / "generation_config.json").write_text(json.dumps(generation))
+    model = load_hf(first)
+    assert model.config.end_tokens == [2, 2, 11]
+    save_hf(model, second)
+    written = json.loads((second / "config.json").read_text())
+    assert [written[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id",
+                                     "max_position_embeddings")] == [1, 2, 0, 131072]
+    assert json.loads((second / "generation_config.json").read_text()) == generation
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(second)
+    assert theirs.generation_config.eos_token_id == [2, 11]
+
+    save_hf(tiny(torch.float32), second)        # another model's end tokens do not stay behind
+    assert not (second / "generation_config.json").exists()
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.low = base, torch.nn.Linear(base.in_features, 2)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_layer(model):
+    model.backbone.layers[1] = torch.compile(model.backbone.layers[1], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("change", [compiled, compiled_layer])
+def test_a_compiled_model_is_saved_as_the_model(tmp_path, change):
+    model, tokens = tiny(torch.float32), torch.randint(0, 61, (1, 7))
+    logits = model(tokens)
+    save_hf(change(model), tmp_path)
+    assert torch.equal(load_hf(tmp_path)(tokens), logits)
+
+
+def tied(model):
+    model.lm_head.weight = model.backbone.embeddings.weight
+
+
+def adapted(model):
+    model.backbone.layers[1].mixer.up_proj = Adapter(model.backbone.layers[1].mixer.up_proj)
+
+
+def in_codes(model):
+    weight = model.lm_head.weight.detach().to(torch.float8_e4m3fn)
+    model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def reparametrised(model):
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+def narrowed(model):
+    model.config = dataclasses.replace(model.config, d_model=25)
+
+
+@pytest.mark.parametrize("change, words", [
+    (tied, "lm_head.weight is not there"), (adapted, "up_proj.weight is not there"),
+    (in_codes, "float8_e4m3fn"), (reparametrised, "lm_head.weight is not there"),
+    (narrowed, "the config asks for"), (lambda model: model.to("meta"), "on meta")])
+def test_a_changed_model_is_refused_and_the_folder_kept(tmp_path, change, words):
+    """Also in several files, where the config goes first."""
+    save_hf(tiny(torch.float32), tmp_path, 10_000)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = tiny(torch.float32)
+    change(model)
+    with pytest.raises(ValueError, match=words):
+        save_hf(model, tmp_path, 10_000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_only_a_language_model_is_saved(tmp_path):
+    with pytest.raises(ValueError, match="only a HybridLM can be saved, not a Linear"):
+        save_hf(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_the_files_of_a_model_have_the_modes_of_any_file(tmp_path):
+    """safetensors writes for the owner alone."""
+    before = os.umask(0o027)
+    try:
+        save_hf(tiny(torch.float32), tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
+# ------------------------------------------------------------------------------------------------
+# Autograd outside its plain use
+
+
+def test_labels_beyond_the_vocabulary_are_named():
+    model, tokens = tiny(), torch.randint(0, 61, (2, 9))
+    with pytest.raises(ValueError, match="labels reach 61, the vocabulary is 0 to 60"):
+        model.loss(tokens, torch.full_like(tokens, 61))
+
+
+def test_second_derivatives_of_the_loss_are_refused():
+    """autograd.grad would take them for zero: the backward by hand is a constant to it."""
+    h, weight = torch.randn(9, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    loss = cross_entropy(h, weight, torch.arange(9))
+    with pytest.raises(RuntimeError, match="cross_entropy has first derivatives only"):
+        torch.autograd.grad(loss, h, create_graph=True)
+    first, again = (torch.autograd.grad(loss, h, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)            # but any number of backwards over a kept graph
+
+
+def test_a_copy_of_a_model_is_a_model_of_its_own(tmp_path):
+    """Copied, pickled and saved: its own weights, its own gradients."""
+    model, tokens = tiny(), torch.randint(0, 61, (2, 9))
+    loss = float(model.loss(tokens, tokens).detach())
+    torch.save(model, tmp_path / "model")
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
+              torch.load(tmp_path / "model", weights_only=False)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    for other in others:
+        value = other.loss(tokens, tokens)
+        value.backward()
+        assert float(value.detach()) == loss
+        assert all(p.grad is not None for p in other.parameters())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -399,6 +399,15 @@ def test_the_kd_loss_refuses_two_vocabularies():
             kd_loss(h, w, h, torch.randn(rows, 8))
 
 
+def test_the_kd_loss_names_what_cross_entropy_names():
+    """Labels beyond the vocabulary; and a second derivative, which would be zero without a word."""
+    h, w = torch.randn(5, 8, requires_grad=True), torch.randn(50, 8)
+    with pytest.raises(ValueError, match="labels reach 50, the vocabulary is 0 to 49"):
+        kd_loss(h, w, h, w, torch.full((5,), 50))
+    with pytest.raises(RuntimeError, match="kd_loss has first derivatives only"):
+        torch.autograd.grad(kd_loss(h, w, h, w + 1), h, create_graph=True)
+
+
 def test_a_second_backward_of_the_kd_loss_gives_the_same_gradients():
     h, w = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     loss = 3 * kd_loss(h, w, torch.randn(5, 4), torch.randn(7, 4))
@@ -535,6 +544,28 @@ def test_a_teacher_in_bf16_has_a_student_with_fp32_masters(text, teacher, tmp_pa
         compress(out)
         for (name, p), q in zip(load_hf(whole).named_parameters(), load_hf(out).parameters()):
             assert p.dtype == torch.float32 and torch.equal(p, q), name
+
+
+def test_what_ends_a_text_and_how_a_chat_is_written_survives(text, teacher, tmp_path):
+    """Of a teacher as it is released: end tokens, padding, lengths, generation, templates."""
+    source, out = tmp_path / "teacher", tmp_path / "out"
+    shutil.copytree(teacher, source)
+    values = json.loads((source / "config.json").read_text())
+    ours = dict(bos_token_id=256, eos_token_id=[2, 11], pad_token_id=0,
+                max_position_embeddings=131072)
+    beside = {"config.json": json.dumps(values | ours), "chat_template.jinja": "{{ messages }}",
+              "tokenizer_config.json": "{}",
+              "generation_config.json": json.dumps(dict(eos_token_id=[2, 11, 12], top_p=0.95))}
+    for name, content in beside.items():
+        (source / name).write_text(content)
+    prune_distill.main(flags(text, source, out, "--steps", "2", "--no-scratch"))
+    values = json.loads((out / "config.json").read_text())
+    assert {key: values[key] for key in ours} == ours
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        assert (out / name).read_text() == beside[name]
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == json.loads(beside["generation_config.json"])
+    assert set(load_hf(out).config.end_tokens) == {2, 11, 12}
 
 
 def test_every_loss_is_on_the_same_text(text, teacher, tmp_path, monkeypatch):
