@@ -141,6 +141,7 @@ def xz_bits_per_byte(texts):
 # ------------------------------------------------------------------------------------------------
 # Tokenizers: byte-level BPE, kept as tokenizer.json, trained and run by the tokenizers library
 
+MARKERS = ("<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<think>", "</think>")     # of chats
 SEPARATORS = ("<|bos|>", "<s>", "<|endoftext|>", "<|begin_of_text|>")
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -169,12 +170,13 @@ def cut_runs(text, longest=1000):
 
 
 def train_bpe(texts, vocab_size):
-    """tokenizer.json (a str) of a byte-level BPE of vocab_size entries with the separator."""
+    """tokenizer.json (a str) of a byte-level BPE of vocab_size entries, the separator first and the
+    markers of chats, which pre-training never sees, next."""
     tokenizer = byte_level(models.BPE(), pre_tokenizers.Split(Regex(PATTERN), "isolated"))
     pieces = (piece for text in texts for piece in cut_runs(text))
     tokenizer.train_from_iterator(pieces, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[SEPARATORS[0]], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=vocab_size, special_tokens=[SEPARATORS[0], *MARKERS],
+        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tokenizer.to_str()
 
 
@@ -186,7 +188,7 @@ def make_tokenizer(spec, texts, vocab_size):
         return train_bpe(texts, vocab_size)
     if spec == "bytes":
         tokenizer = byte_level(models.BPE(vocab=byte_characters(), merges=[]))
-        tokenizer.add_special_tokens([SEPARATORS[0]])
+        tokenizer.add_special_tokens([SEPARATORS[0], *MARKERS])
         return tokenizer.to_str()
     if not pathlib.Path(spec).exists():
         raise FileNotFoundError(f"--tokenizer {spec} does not exist (bpe, bytes, or a file)")

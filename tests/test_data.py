@@ -194,7 +194,7 @@ def test_bytes_tokenizer_is_one_id_a_byte():
     encoding = encoding_from_json(make_tokenizer("bytes", [], 0))
     for text in SAMPLES:
         assert encoding.encode_ordinary(text) == list(text.encode())
-    assert separator_id(encoding) == 256 and encoding.n_vocab == 257
+    assert separator_id(encoding) == 256 and encoding.n_vocab == 257 + len(data.MARKERS)
 
 
 def test_ids_may_start_anywhere_as_nemotrons_do(tokenizer_json):

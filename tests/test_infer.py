@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -18,18 +19,25 @@ from conftest import ROOT, assert_close
 import infer
 from bench.infer import build_random, draw_pipeline, equal_transformer, scenario
 from common import GIB
-from data import encoding_from_json, make_tokenizer, train_bpe
-from infer import (ASSISTANT, END_TURN, SYSTEM, USER, Chat, DecodeLinear, Decoder, Settings, TextStream,
-                   ThinkingBudget, answer_ids, decode_one, generate, generate_rows, load_run,
-                   message_ids, penalise, plan, prefill, roofline, sample, start_rows, traced_peak,
-                   wants_thinking, workspace_bytes)
+from data import MARKERS, encoding_from_json, make_tokenizer, train_bpe
+from infer import (ASSISTANT, END_TURN, SYSTEM, USER, Chat, DecodeLinear, Decoder, Settings,
+                   TextStream, ThinkingBudget, answer_ids, decode_one, generate, generate_rows,
+                   load_run, message_ids, penalise, plan, prefill, roofline, sample, start_rows,
+                   traced_peak, wants_thinking, workspace_bytes)
 from model import HybridConfig, HybridLM, save_hf
 from ssm import Linear
 
 
 @pytest.fixture(scope="module")
 def tokenizer_json():
-    return train_bpe([inspect.getsource(argparse), "naïve 日本語 🙂 text"], 400)
+    """Of a tokenizer that has never heard of the markers of chats."""
+    spec = json.loads(train_bpe([inspect.getsource(argparse), "naïve 日本語 🙂 text"], 400))
+    spec["added_tokens"] = [token for token in spec["added_tokens"]
+                            if token["content"] not in MARKERS]
+    vocab = spec["model"]["vocab"]
+    for i, marker in enumerate(MARKERS):
+        vocab[f"unused{i}"] = vocab.pop(marker)
+    return json.dumps(spec)
 
 
 @pytest.fixture(scope="module")
@@ -557,7 +565,7 @@ def test_a_chat_ends_a_turn_at_an_end_token(chat_encoding):
 @pytest.mark.parametrize("name, content", [
     ("chat_template.jinja", "{{ '<|im_start|>' }}"),
     ("tokenizer_config.json", json.dumps(dict(chat_template="<|im_start|>user"))),
-    ("tokenizer_config.json", json.dumps(dict(chat_template=[dict(name="default", template="x")])))])
+    ("tokenizer_config.json", json.dumps(dict(chat_template=[dict(name="a", template="x")])))])
 def test_a_chat_in_another_template_is_refused(fails, run_folder, tmp_path, monkeypatch, name,
                                                content):
     def ended(_):
@@ -975,27 +983,29 @@ def test_the_speed_table_has_every_row(capsys):
     assert result["table"]["no attention"]["1 x 64"]["attention"] == 0
 
 
-def test_the_pipelines_picture_waits_for_both_logs(tmp_path, run_folder, monkeypatch):
-    """Drawn from what the two runs logged, text with dollars and braces included; not before both
-    have ended.
-    """
+def test_the_pipelines_picture_waits_for_all_logs(tmp_path, run_folder, monkeypatch):
+    """Drawn from what the three runs logged; not before all have ended, nor without accuracies."""
     monkeypatch.setattr("bench.infer.load_run", lambda folder: load_run(run_folder))
-    monkeypatch.setattr("bench.infer.generate", lambda *_: ["cost = {'$x$': '$\\frac'}\n"] * 20)
-    base, compressed = tmp_path / "base", tmp_path / "compressed"
-    logs = {base: dict(val_loss=4.5, val_bpb=1.7, tokens=20, recipe="nano2"),
-            compressed: dict(teacher_val_loss=4.4, pruned_val_loss=5.0, student_val_loss=4.6,
-                             memory_gib_before=0.2, memory_gib_after=0.1, params_before=20,
-                             params_after=10)}
-    picture = tmp_path / "pipeline.png"
-    for folder, final in logs.items():
+    monkeypatch.setattr("bench.infer.align.accuracy", lambda *_: (1.0, ["a thought"]))
+    folders, picture = [tmp_path / name for name in ("a", "b", "c")], tmp_path / "pipeline.png"
+    last = dict(teacher_val_loss=4.4, pruned_val_loss=5.0, student_val_loss=4.6, params_before=20,
+                params_after=10, memory_gib_before=0.2, memory_gib_after=0.1)
+    logs = [dict(val_loss=4.5, val_bpb=1.7), dict(
+        accuracy_base=0, accuracy_sft=0.8, accuracy_rl=0.9, lengths=[2],
+        accuracy_by_budget={"0": 0.1, "1": 0.4, "2": 0.9}), last]
+    for folder, final in zip(folders, logs):
         with pytest.raises(ValueError, match="no result of a finished run"):
-            draw_pipeline(base, compressed, picture)
+            draw_pipeline(folders, picture)
         folder.mkdir()
         log, rows = folder / "metrics.jsonl", [dict(step=0, loss=5.0), dict(step=1, final=final)]
         log.write_text(json.dumps(rows[0]))
         with pytest.raises(ValueError, match="no result of a finished run"):
-            draw_pipeline(base, compressed, picture)
+            draw_pipeline(folders, picture)
         log.write_text("\n".join(map(json.dumps, rows)))
-    assert not picture.exists()
-    text = draw_pipeline(base, compressed, picture)
-    assert text.startswith(infer.DEFAULT_PROMPT + "cost") and picture.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="was not distilled from an aligned model"):
+        draw_pipeline(folders, picture)
+    last |= dict(teacher_accuracy=0.9, pruned_accuracy=0.2, student_accuracy=0.9)
+    log.write_text(json.dumps(dict(step=1, final=last)))
+    text = draw_pipeline(folders, picture)
+    assert re.fullmatch(r"\d[-+*]\d[-+*]\d a thought", text)
+    assert picture.stat().st_size > 10_000
