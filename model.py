@@ -608,8 +608,8 @@ def config_from_hf(values, generation=None):
     config = HybridConfig(pattern=pattern, rope_theta=rope, generation=generation, **known)
     for i in config.end_tokens:
         if type(i) is not int or not 0 <= i < config.vocab_size:
-            raise ValueError(f"config.json: eos_token_id {i!r} is not an id of the vocabulary, 0 to "
-                             f"{config.vocab_size - 1}")
+            raise ValueError(f"config.json: eos_token_id {i!r} is not an id of the vocabulary, "
+                             f"0 to {config.vocab_size - 1}")
     return config
 
 

@@ -55,12 +55,11 @@ can do it; the papers keep them), distillation from stored logits, a teacher too
 """
 
 import collections
-import copy
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
+import os
 import pathlib
 import shutil
 
@@ -71,9 +70,10 @@ from matplotlib.figure import Figure
 from scipy.optimize import Bounds, LinearConstraint, milp
 from tqdm import tqdm
 
+import align
 import train_fp8
-from common import (GIB, check_flags, flag, pick_device, pick_dtype, rank_and_size, script,
-                    settings_of, start_processes)
+from common import (GIB, check_flags, flag, pick_device, pick_dtype, rank_and_size, read_rows,
+                    script, settings_of, start_processes)
 from data import Batches, load_data
 from infer import load_run, workspace_bytes
 from model import HybridConfig, HybridLM, check_labels, set_parameter
@@ -389,17 +389,6 @@ def make_kd_loss(teacher):
     return loss_fn
 
 
-def merge(a, b, alpha):
-    """A model whose parameters are (1 - alpha) a + alpha b (Nano 2 merges two at 0.5)."""
-    if a.config != b.config:
-        raise ValueError(f"two configurations cannot be merged: {a.config} and {b.config}")
-    merged = copy.deepcopy(a)
-    with torch.no_grad():
-        for p, q in zip(merged.parameters(), b.parameters()):
-            p.lerp_(q.to(p.dtype), alpha)
-    return merged
-
-
 # ------------------------------------------------------------------------------------------------
 # Search: what fits
 
@@ -532,7 +521,8 @@ TRIAL_SHARE = 9             # a trial has a ninth of the steps: in MiniPuzzle 7 
 class Run:
     """Prune a trained model to a memory budget and distil it from the original."""
 
-    teacher: str = flag("out/base", "run folder, or Hugging Face folder", session=True)
+    teacher: str = flag("", "run folder, or Hugging Face folder (default: the first of out/aligned "
+                        "and out/base)", session=True)
     data: str = flag("stdlib", "text to measure on and to distil with", session=True)
     memory_gib: float = flag(0.0, "budget of weights, caches, temporaries; 0: --keep", at_least=0)
     keep: float = flag(0.72, "budget as a share of the teacher's bytes", above=0, at_most=1)
@@ -561,6 +551,8 @@ class Run:
 
     def __post_init__(self):
         check_flags(self)
+        there = [path for path in ("out/aligned", "out/base") if os.path.exists(path)]
+        self.teacher = self.teacher or [*there, "out/base"][0]
         if pathlib.Path(self.out).resolve() == pathlib.Path(self.teacher).resolve():
             raise ValueError(f"--out and --teacher are both {self.out}: the student would take its "
                              "teacher's place")
@@ -600,6 +592,24 @@ def load_text(run):
     return token_data
 
 
+def load_task(run, token_data):
+    """What an aligned teacher was taught, half of its rows, with text, as batches for `train`; None
+    for another teacher.
+    """
+    rows = read_rows(pathlib.Path(run.teacher) / "metrics.jsonl")
+    result = rows[-1].get("final", {}) if rows else {}
+    if "accuracy_by_budget" not in result:
+        return None
+    settings = align.Run(lengths=tuple(result["lengths"]), batch_size=run.batch_size,
+                         text_share=0.5, seed=run.seed)
+    return align.Conversations(token_data.encoding, settings, token_data.train, run.seq_len)
+
+
+def score(model, task):
+    """The accuracy on test problems of the task, or None without one."""
+    return task and align.accuracy(model, task.encoding, align.tests_of(task.run))[0]
+
+
 def calibration(run, token_data, device="cpu"):
     """--samples windows of the training text in batches of 8, in another order than training's."""
     windows = Batches(token_data.train, run.samples, run.seq_len, run.seed + 1)
@@ -615,12 +625,12 @@ def validation_loss(run, model, token_data, tokens=None):
                     limit=tokens or EVAL_TOKENS)
 
 
-def train_briefly(training, model, token_data, loss_fn=HybridLM.loss):
+def train_briefly(training, model, token_data, loss_fn=HybridLM.loss, task=None):
     """Train a model for all of training.steps, keeping no files; its validation loss."""
     training = dataclasses.replace(training, eval_every=training.steps, stop_after=0)
     if rank_and_size()[1] > 1:
         shard(model)
-    rows = train(training, model, token_data, loss_fn)
+    rows = train(training, model, token_data, loss_fn, batches=task)
     if len(rows) < training.steps:          # Ctrl-C: there is nothing to resume
         raise KeyboardInterrupt
     return validation_loss(training, model, token_data)
@@ -679,7 +689,7 @@ def propose(run, teacher, token_data):
     return box[0]
 
 
-def compress(run, teacher, token_data, loss_fn):
+def compress(run, teacher, token_data, loss_fn, task):
     """(the pruned student, what a resumed run must know of it): propose, try, choose."""
     before, proposals = validation_loss(run, teacher, token_data), propose(run, teacher, token_data)
     configs = [keep.config(teacher.config) for keep in proposals]
@@ -692,7 +702,7 @@ def compress(run, teacher, token_data, loss_fn):
         student = prune(teacher, keep).float()      # fp32 masters, whatever the teacher is in
         pruned = trained = validation_loss(run, student, token_data)
         if len(proposals) > 1:
-            trained = train_briefly(trial, student, token_data, loss_fn)
+            trained = train_briefly(trial, student, token_data, loss_fn, task)
         table.append(dict(candidate=describe(config), layers=keep.layers, pruned=pruned,
                           trained=trained))
         print(f"{describe(config):52s}{config.n_params() / 1e6:9.2f}{pruned:9.4f}{trained:9.4f}",
@@ -704,8 +714,10 @@ def compress(run, teacher, token_data, loss_fn):
         print(f"scratch      the same shape from nothing, {run.steps} steps", flush=True)
         torch.manual_seed(run.seed)
         model = HybridLM(configs[chosen], dtype).to(device)
-        scratch = train_briefly(run.training(lr=train_fp8.Run.lr), model, token_data)
-    return prune(teacher, proposals[chosen]).float(), dict(
+        scratch = train_briefly(run.training(lr=train_fp8.Run.lr), model, token_data, task=task)
+    student = prune(teacher, proposals[chosen]).float()
+    return student, dict(
+        teacher_accuracy=score(teacher, task), pruned_accuracy=score(student, task),
         config=dataclasses.asdict(configs[chosen]), candidates=table, teacher_val_loss=before,
         pruned_val_loss=table[chosen]["pruned"], scratch_val_loss=scratch)
 
@@ -713,6 +725,7 @@ def compress(run, teacher, token_data, loss_fn):
 def build(run, teacher, training, state):
     """The Job of the distillation. The checkpoint of step 0 has no tensors: pruning is repeated."""
     device, token_data, loss_fn = pick_device(run.device), load_text(run), make_kd_loss(teacher)
+    task = load_task(run, token_data)
     dtype = pick_dtype(state["compute_dtype"] if state else run.compute_dtype, device)
     teacher.compute_dtype = dtype
     print(f"teacher      {run.teacher}: {teacher.config.pattern}, "
@@ -722,9 +735,10 @@ def build(run, teacher, training, state):
         student = HybridLM(HybridConfig(**notes["config"]), dtype).to(device)
         check_memory(training, student.config, dtype, device)
     else:
-        student, notes = compress(run, teacher, token_data, loss_fn)
-    print("distilling   loss is KL(teacher || student), val the student's loss on the text")
-    return Job(student, token_data, loss_fn, eval_tokens=EVAL_TOKENS, notes=notes)
+        student, notes = compress(run, teacher, token_data, loss_fn, task)
+    print("distilling   loss is KL(teacher || student), val the student's loss on the text"
+          + (", half of the rows are the task that the teacher was aligned to" if task else ""))
+    return Job(student, token_data, loss_fn, task, eval_tokens=EVAL_TOKENS, notes=notes)
 
 
 def report(run, teacher_config, training, job, rows, student_loss):
@@ -749,10 +763,15 @@ def report(run, teacher_config, training, job, rows, student_loss):
     plot_recovery(seen, before, scratch, f"{percent(recovered(student_loss))} of the loss that "
                   "pruning added is recovered", picture)
     print(f"plot         {picture}")
+    accuracy = score(job.model, job.batches)
+    if accuracy is not None:
+        print(f"accuracy     teacher {notes['teacher_accuracy']:.1%}, pruned "
+              f"{notes['pruned_accuracy']:.1%}, distilled {accuracy:.1%}")
     for name in ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"):
         if (pathlib.Path(run.teacher) / name).exists():         # how a chat with it is written
             shutil.copy(pathlib.Path(run.teacher) / name, run.out)
     return notes | dict(student_val_loss=student_loss, recovered=recovered(student_loss),
+                        student_accuracy=accuracy,
                         params_before=teacher_config.n_params(), params_after=config.n_params(),
                         memory_gib_before=request.needs(teacher_config) / GIB,
                         memory_gib_after=request.needs(config) / GIB, out=run.out)
@@ -772,12 +791,6 @@ def plot_recovery(seen, teacher, scratch, title, path):
     figure.savefig(path, dpi=120)
 
 
-def fingerprint(model):
-    """A short text that tells models apart, of the first values of every parameter."""
-    first = torch.cat([p.detach().flatten()[:16].float().cpu() for p in model.parameters()])
-    return hashlib.sha256(repr(model.config).encode() + first.numpy().tobytes()).hexdigest()[:16]
-
-
 @script(Run)
 def main(run):
     if run.list:
@@ -786,7 +799,7 @@ def main(run):
     start_processes(device)
     teacher, _ = load_run(run.teacher, device)
     teacher.requires_grad_(False)
-    settings = settings_of(run) | dict(teacher=fingerprint(teacher))
+    settings = settings_of(run) | dict(teacher=align.fingerprint(teacher))
     return train_in_folder(training, functools.partial(build, run, teacher),
                            functools.partial(report, run, teacher.config), settings)
 

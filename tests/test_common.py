@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import align
 import common
 import data
 import infer
@@ -21,7 +22,7 @@ import stability
 import train_fp8
 from common import RunFolder, check_flags, flag, parse_flags, read_rows, script, write_text
 
-SCRIPTS = [data, model, train_fp8, prune_distill, stability, infer]
+SCRIPTS = [data, model, train_fp8, align, prune_distill, stability, infer]
 
 
 @dataclasses.dataclass

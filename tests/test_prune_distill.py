@@ -19,7 +19,7 @@ from common import GIB
 from infer import load_run, plan
 from model import HybridConfig, HybridLM, load_hf, save_hf
 from prune_distill import (Request, Run, best, best_in_groups, choose_layers, grid_for,
-                           importance, kd_loss, keep_best, layer_costs, make_kd_loss, merge,
+                           importance, kd_loss, keep_best, layer_costs, make_kd_loss,
                            minipuzzle, prune, request_for, run_layers, search, with_counts)
 
 CONFIG = HybridConfig(pattern="M-M*-M*-", vocab_size=90, d_model=40, mlp_dim=48, n_heads=6,
@@ -448,16 +448,6 @@ def test_the_kd_loss_holds_no_logits():
         kd_loss(h, w, torch.randn(2048, 16), torch.randn(4096, 16), block=32).backward()
     assert max(sizes) == 32 * 4096
     assert h.grad is not None and w.grad is not None
-
-
-def test_merging_is_the_weighted_mean_and_wants_equal_models():
-    a, b = random_model(), random_model(seed=1)
-    m = merge(a, b, 0.25)
-    for p, q, r in zip(a.parameters(), b.parameters(), m.parameters()):
-        assert torch.allclose(r, 0.75 * p + 0.25 * q, rtol=1e-12)
-    assert torch.equal(merge(a, b, 0)(TOKENS), a(TOKENS))
-    with pytest.raises(ValueError, match="cannot be merged: .*d_model=40.* and .*d_model=24"):
-        merge(a, random_model(shrunk(d_model=24)), 0.5)
 
 
 # ------------------------------------------------------------------------------------------------
