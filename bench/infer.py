@@ -5,8 +5,8 @@
                                         then the paper's 8k in, 16k out in a fixed memory; 2 min
     python -m bench.infer --fit --preset small --context 8192
                                         random weights are built, run and compared with the plan
-    python -m bench.infer --picture     out/pipeline.png, from what the runs in out/base and
-                                        out/compressed logged and a text that the latter continues
+    python -m bench.infer --picture     out/pipeline.png, from what the runs in out/base,
+                                        out/aligned and out/compressed logged
 """
 
 import contextlib
@@ -17,13 +17,14 @@ import platform
 import time
 from functools import partial
 
+import numpy as np
 import torch
 
+import align
 from bench.ssm import median_seconds
 from common import GIB, check_flags, flag, free_bytes, pick_device, read_rows, script, tune_cpu
-from infer import (DEFAULT_PROMPT, Decoder, check_plan, decode_one, decode_settings, generate,
-                   load_run, peak_bytes, plan, prefill, roofline, speed_up_decode, start_rows,
-                   step_bytes)
+from infer import (Decoder, check_plan, decode_one, decode_settings, load_run, peak_bytes, plan,
+                   prefill, roofline, speed_up_decode, start_rows, step_bytes)
 from model import FP32_PARAMETERS, PRESETS, HybridConfig, HybridLM, set_parameter
 
 # ------------------------------------------------------------------------------------------------
@@ -220,30 +221,44 @@ def fit(run, config, device, dtype, limit):
                 predicted_bytes=total, parts=parts, fits=taken <= limit)
 
 
-def draw_pipeline(base, compressed, path):
-    """Draw what two runs logged, the loss before and after pruning, and a text that is returned."""
+def draw_pipeline(folders, path):
+    """Draw what the runs in out/base, out/aligned and out/compressed logged: loss and accuracy by
+    stage, accuracy by lines of thought. Returns what the last one thinks of a problem.
+    """
     from matplotlib.figure import Figure
-    ends = [read_rows(folder / "metrics.jsonl")[-1:] for folder in (base, compressed)]
-    if not all(rows and "final" in rows[0] for rows in ends):
-        raise ValueError(f"{base} or {compressed} has no result of a finished run")
-    train, final = (rows[0]["final"] for rows in ends)
-    text = DEFAULT_PROMPT + "".join(generate(*load_run(compressed), DEFAULT_PROMPT))
+    ends = [read_rows(folder / "metrics.jsonl")[-1:] for folder in folders]
+    for folder, rows in zip(folders, ends):
+        if not rows or "final" not in rows[0]:
+            raise ValueError(f"{folder} has no result of a finished run")
+    train, aligned, final = (rows[0]["final"] for rows in ends)
+    if final.get("student_accuracy") is None:
+        raise ValueError(f"{folders[-1]} was not distilled from an aligned model")
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    loss, words = figure.subplots(1, 2, width_ratios=[2, 3])
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    loss, stages, budget = figure.subplots(1, 3)
     before, after = (f"{final[f'params_{when}'] / 1e6:.2f} M" for when in ("before", "after"))
-    bars = loss.bar([f"trained\n{before}", "pruned", f"distilled\n{after}"],
-                    [final[f"{m}_val_loss"] for m in ("teacher", "pruned", "student")])
-    loss.bar_label(bars, fmt="%.3f")
-    saved = final["memory_gib_after"] / final["memory_gib_before"] - 1
-    loss.set(title=f"{train['recipe']}, {train['val_bpb']:.3f} bits/byte; memory {saved:+.0%}",
-             xlabel="model and its parameters", ylabel="validation loss [nats/token]", ymargin=0.1)
-    words.set_axis_off()
-    words.set_title("what the compressed model writes", loc="left")
-    lines = [line[:80].replace("$", r"\$") for line in text.expandtabs(4).splitlines()[:20]]
-    words.text(0, 1, "\n".join(lines), family="monospace", fontsize=8, va="top")
+    bars = loss.bar(["trained", f"aligned\n{before}", "pruned", f"distilled\n{after}"],
+                    [train["val_loss"], *(final[f"{m}_val_loss"]
+                                          for m in ("teacher", "pruned", "student"))])
+    loss.bar_label(bars, fmt="%.2f")
+    loss.set(title=f"{train['val_bpb']:.3f} bits/byte before alignment", ymargin=0.1,
+             ylabel="validation loss [nats/token]")
+    scores = {"base": aligned["accuracy_base"], "SFT": aligned["accuracy_sft"],
+              "RL": aligned["accuracy_rl"], "merged": final["teacher_accuracy"],
+              "pruned": final["pruned_accuracy"], "distilled": final["student_accuracy"]}
+    bars = stages.bar(list(scores), [100 * score for score in scores.values()], color="#55a868")
+    stages.bar_label(bars, fmt="%.0f")
+    stages.tick_params(axis="x", labelrotation=30)
+    stages.set(title="Arithmetic, step by step", ylabel="answered right [%]", ylim=(0, 105))
+    lines = aligned["accuracy_by_budget"]
+    budget.plot([int(n) for n in lines], [100 * score for score in lines.values()], "o-",
+                color="#c44e52")
+    budget.set(title="The longer it may think, the better", xlabel="budget [lines of thought]",
+               ylabel="answered right [%]", ylim=(0, 105), xticks=[int(n) for n in lines])
     figure.savefig(path, dpi=120)
-    return text
+    model, encoding = load_run(folders[-1])
+    [problem] = align.draw_problems(np.random.default_rng(0), 1, [max(aligned["lengths"])], True)
+    return problem.text + " " + align.accuracy(model, encoding, [problem])[1][0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -258,7 +273,7 @@ class Run:
     pattern: str = flag("", "another layer pattern than the preset's")
     context: int = flag(0, "most tokens; 0: 16384, on a GPU 131072, with --fit 8192", at_least=0)
     fit: bool = flag(False, "compare memory with the plan")
-    picture: bool = flag(False, "draw out/pipeline.png from out/base and out/compressed")
+    picture: bool = flag(False, "draw out/pipeline.png from the runs in out")
     batch: int = flag(1, "with --fit, sequences", at_least=1)
     tokens: int = flag(32, "with --fit, tokens that are decoded", at_least=1)
     prefill_chunk: int = flag(0, "with --fit, as in infer.py", at_least=0)
@@ -274,8 +289,8 @@ class Run:
 @script(Run)
 def main(run):
     if run.picture:
-        folders = pathlib.Path("out/base"), pathlib.Path("out/compressed")
-        return dict(text=draw_pipeline(*folders, "out/pipeline.png"), picture="out/pipeline.png")
+        folders = [pathlib.Path("out") / name for name in ("base", "aligned", "compressed")]
+        return dict(text=draw_pipeline(folders, "out/pipeline.png"), picture="out/pipeline.png")
     config = HybridConfig.preset(run.preset, **(dict(pattern=run.pattern) if run.pattern else {}))
     device = pick_device(run.device)
     free = free_bytes(device)
