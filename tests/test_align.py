@@ -203,6 +203,8 @@ def test_a_rollout_holds_what_was_said_and_how_likely_it_was(base):
         now = logps(model, tokens, labels)
         assert_close([old, reference], [now.detach()] * 2, ["old", "reference"], 1e-5)
         assert (labels >= 0).any(1).all()
+        inner = (labels[:, :-1] >= 0) & (labels[:, 1:] >= 0)    # all but the last of each answer
+        assert (labels[:, :-1] == tokens[:, 1:])[inner].all()
     first, second = ({tuple(row) for row in tokens.tolist()} for tokens, _, _ in seen)
     assert not first & second
     rollouts.next()
@@ -301,13 +303,17 @@ def test_stopping_changes_nothing(aligned, text, base, tmp_path, stop):
     assert final(tmp_path / "out")["rollouts"] == final(aligned)["rollouts"]
 
 
-def test_an_aligned_teacher_is_distilled_on_its_task(aligned, base, text, tmp_path, capsys):
+def test_an_aligned_teacher_is_distilled_on_its_task(aligned, base, text, tmp_path, capsys,
+                                                     monkeypatch):
     """Half of the rows; the accuracies of teacher, pruned and distilled model are reported."""
     out = tmp_path / "out"
     argv = ["--data", str(text), "--out", str(out), "--device", "cpu", "--seq-len", "64",
-            "--batch-size", "4", "--steps", "2", "--candidates", "1", "--samples", "8", "--context",
+            "--batch-size", "4", "--steps", "2", "--candidates", "2", "--samples", "8", "--context",
             "64", "--compute-dtype", "float32", "--no-scratch", "--keep", "0.9"]
+    trials, real = [], prune_distill.train
+    monkeypatch.setattr(prune_distill, "train", lambda *a, **k: trials.append(k) or real(*a, **k))
     prune_distill.main(["--teacher", str(aligned), *argv])
+    assert len(trials) == 2 and all(k["batches"].seq_len == 64 for k in trials)
     assert "accuracy     teacher" in capsys.readouterr().out
     result = final(out)
     assert all(0 <= result[f"{name}_accuracy"] <= 1 for name in ("teacher", "pruned", "student"))
