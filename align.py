@@ -333,7 +333,7 @@ class Run:
     sft_steps: int = flag(420, "optimizer steps of SFT", at_least=1)
     rl_steps: int = flag(60, "optimizer steps of GRPO", at_least=1)
     batch_size: int = flag(8, "rows per step of SFT", at_least=1)
-    text_share: float = flag(0.125, "of the rows: text", at_least=0, at_most=1)
+    text_share: float = flag(0.125, "of the rows: text", at_least=0, at_most=0.5)
     empty: float = flag(0.1, "of the conversations: without a thought", at_least=0, at_most=1)
     cut: float = flag(0.3, "of the conversations: a thought cut short", at_least=0, at_most=1)
     lr: float = flag(3e-3, "peak learning rate of SFT", above=0)
