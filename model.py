@@ -44,7 +44,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common import GIB, check_flags, flag, read_json, replace_file, script, write_json
-from ssm import Linear, Mamba2, MambaState, accumulator, documents, first_derivatives_only
+from ssm import (Linear, Mamba2, MambaState, accumulator, documents, first_derivatives_only,
+                 inverse_rms)
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -141,8 +142,8 @@ class HybridConfig:
         """Forward FLOPs per token, {layer type or 'head': total}, a multiply-add counted as two.
 
         Training: a causal sequence of `context` tokens by the chunked scan. Decode: one token after
-        `context` others. Norms, convolution and activations, under 1% in any preset, are left out.
-        """
+        `context` others. Norms, convolution and activations, under 1% in any preset, are left
+        out."""
         d, di, n, l = self.d_model, self.d_inner, self.d_state, min(self.chunk_size, context)
         mamba = 2 * d * (2 * di + self.conv_dim + self.mamba_heads)             # in_proj, out_proj
         scan = 5 * di * n if decode else 4 * di * n + 2 * l * (di + self.n_groups * n)
@@ -202,16 +203,14 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         y = x.to(accumulator(x))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight
-        return y.to(x.dtype)
+        return (y * inverse_rms(y, self.eps) * self.weight).to(x.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of h W^T in blocks of tokens: the (tokens, v) logits never exist at once.
 
     The gradient, softmax - one_hot, is computed while a block's logits exist, so nothing is
-    computed twice. Labels below 0 are left out of the mean.
-    """
+    computed twice. Labels below 0 are left out of the mean."""
 
     @staticmethod
     def forward(ctx, h, weight, labels, block, want_grad):
@@ -282,8 +281,7 @@ class KVState(NamedTuple):
         """Write k, v (b, g, t, head_dim) at the cache's position, in place.
 
         Returns all keys and values that may be seen (b, g, kv_len, head_dim) and a mask: None for
-        causal, or bool (b, 1, 1, kv_len) for the one new token of each row.
-        """
+        causal, or bool (b, 1, 1, kv_len) for the one new token of each row."""
         cache = self.cache
         if cache.fixed is None:
             begin = int(cache.start) if cache.start is not None and cache.batch == 1 else 0
@@ -303,8 +301,7 @@ class HybridCache:
     in fp32), a KVState, or None for an MLP. pos: the position of the next token, one for all rows.
     start: None, or int64 (b,): prompts of different lengths begin at different positions and end at
     the same one. fixed: None, or (pos as an int64 tensor (1,), kv_len), for a CUDA graph, which
-    needs shapes that stay and a position on the device.
-    """
+    needs shapes that stay and a position on the device."""
 
     def __init__(self, config, batch, max_len, dtype, device, state_dtype=torch.float32):
         self.batch, self.max_len, self.device = batch, max_len, device
@@ -364,8 +361,7 @@ class HybridCache:
 
     def mask(self, kv_len, last=None):
         """What one new token of each row sees, bool (b, 1, 1, kv_len), from the row's start up to
-        `last`, an int64 tensor (1,); None where that is everything.
-        """
+        `last`, an int64 tensor (1,); None where that is everything."""
         if self.start is None and last is None:
             return None
         place = torch.arange(kv_len, device=self.device)
@@ -421,8 +417,7 @@ class Attention(nn.Module):
     def attend(q, k, v, mask=None):
         """q (b, heads, t, head_dim), k, v (b, g, kv_len, head_dim) -> (b, heads, t, head_dim).
 
-        mask: bool, True is seen; None is causal, and then the last query sees everything.
-        """
+        mask: bool, True is seen; None is causal, and then the last query sees everything."""
         (b, heads, t, head_dim), (g, kv_len) = q.shape, k.shape[1:3]
         sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=t > 1 and heads != g)
         if t == 1:  # a group's query heads become rows; one query sees all that was before it
@@ -478,8 +473,7 @@ class HybridLM(nn.Module):
 
     compute_dtype: dtype of the residual stream and the matmuls; None follows the parameters. Norms,
     decays, states and logits stay fp32, and so do fp32 parameters: bf16 training keeps fp32 masters
-    without autocast.
-    """
+    without autocast."""
 
     def __init__(self, config, compute_dtype=None):
         super().__init__()
@@ -512,8 +506,7 @@ class HybridLM(nn.Module):
 
         cache: a HybridCache, which moves on by t tokens in place, without gradients; right for any
         split of a prompt. seq_idx (b, t) int: packed documents that must not see each other. Raises
-        ValueError for tokens outside the vocabulary, and if the tokens do not fit the cache.
-        """
+        ValueError for tokens outside the vocabulary, and if the tokens do not fit the cache."""
         states = [None] * len(self.backbone.layers)
         if cache is not None:
             if seq_idx is not None:
@@ -678,8 +671,7 @@ def load_hf(folder, device="cpu", dtype=None):
 
     dtype: None keeps the stored one; A_log, D and dt_bias become fp32 (fp64 for float64) in any
     case. Each tensor is read, cast and placed alone: the peak is the weights + one tensor. Raises
-    FileNotFoundError or ValueError for missing files and for broken or foreign checkpoints.
-    """
+    FileNotFoundError or ValueError for missing files and for broken or foreign checkpoints."""
     folder = pathlib.Path(folder)
     config = read_config(folder)
     with torch.device("meta"):
@@ -732,8 +724,7 @@ def save_hf(model, folder, shard_bytes=5 * 10 ** 9):
 
     One file replaces one file at once. If there are several, before or after, the folder has no
     config.json until all are there, so that no mixture of two checkpoints can be loaded. Raises
-    ValueError, with nothing written, for a model whose parameters are not those of its config.
-    """
+    ValueError, with nothing written, for a model whose parameters are not those of its config."""
     tensors, folder = tensors_to_save(model), pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0

@@ -470,6 +470,12 @@ def causal_conv1d(x, weight, bias, *, initial_states=None, seq_idx=None):
     return F.silu(total).to(x.dtype), final_states
 
 
+def inverse_rms(x, eps):
+    """1 / sqrt(mean of x^2 over the last axis + eps): x (..., d) -> (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(x.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt()
+
+
 def gated_group_norm(y, z, weight, n_groups, eps):
     """Gate, then RMSNorm each of n_groups slices, then weight (d,): y, z (..., d) -> y's shape.
 
@@ -478,7 +484,7 @@ def gated_group_norm(y, z, weight, n_groups, eps):
     if y.shape[-1] % n_groups:
         raise ValueError(f"{y.shape[-1]} channels cannot form {n_groups} groups of equal size")
     s = (y * F.silu(z.to(accumulator(y)))).unflatten(-1, (n_groups, -1))
-    s = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    s = s * inverse_rms(s, eps)
     return (s.flatten(-2) * weight).to(y.dtype)
 
 
