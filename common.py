@@ -39,8 +39,7 @@ RUN_FILES = "config.json model.safetensors tokenizer.json metrics.jsonl train_st
 
 def flag(default, help, *, choices=None, nargs=None, session=False, **bounds):
     """A dataclass field that is also a command-line flag. bounds of a number: see BOUNDS. session:
-    it changes nothing that is computed, so a run may resume with another value.
-    """
+    it changes nothing that is computed, so a run may resume with another value."""
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, nargs=nargs, session=session, bounds=bounds))
 
@@ -86,8 +85,7 @@ def parse_flags(cls, argv=None):
 def script(run_class):
     """Decorate main(run) -> result: it becomes main(argv=None), which makes the run from flags and
     prints the result as the last line, in JSON. An error that the user can cause is one line and
-    exit code 2; Ctrl-C exits with 130.
-    """
+    exit code 2; Ctrl-C exits with 130."""
     def decorate(main):
         def from_command_line(argv=None):
             for stream in (sys.stdout, sys.stderr):     # for a console that lacks a character
@@ -111,8 +109,7 @@ def script(run_class):
 
 class StopRequest:
     """A context in which Ctrl-C, or the SIGTERM of a scheduler, sets .asked, so that a loop can end
-    after a whole step. A second one interrupts at once.
-    """
+    after a whole step. A second one interrupts at once."""
 
     def __enter__(self):
         self.asked = False
@@ -173,8 +170,7 @@ def tune_cpu():
     Memory: glibc returns blocks over 32 MB to the kernel at every free, and the next allocation
     pays a page fault per 4 KB; here they are kept. Matmul: torch gives fp32 products to MKL, which
     does not use the full vector width of AMD's AVX-512 cores. oneDNN does, and takes them when bf16
-    is *allowed*; it still computes in fp32 on CPUs without AMX.
-    """
+    is *allowed*; it still computes in fp32 on CPUs without AMX."""
     done, flags = [], cpu_flags()
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -299,8 +295,7 @@ class RunFolder(contextlib.AbstractContextManager):
 
     Opening writes nothing. .state is the checkpoint to resume from, or None; .rows is the log up to
     it; .result is what a finished run reported, or None. Raises FileExistsError rather than mixing
-    two runs, ValueError for a checkpoint that is not one.
-    """
+    two runs, ValueError for a checkpoint that is not one."""
 
     def __init__(self, path, settings, overwrite=False):
         self.path, self.settings, self.overwrite = pathlib.Path(path), settings, overwrite
@@ -352,8 +347,7 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def begin(self, model, optimizer):
         """Make the folder, or clear what an overwritten run left, its checkpoint last; cut the log
-        at the checkpoint. Load that, or save the first one. Returns its step.
-        """
+        at the checkpoint. Load that, or save the first one. Returns its step."""
         if rank_and_size()[1] > 1:
             dist.barrier()                          # all have looked before one of them writes
         if self.first:
@@ -383,8 +377,7 @@ class RunFolder(contextlib.AbstractContextManager):
     def save(self, step, model, optimizer):
         """Write train_state.pt, whole or not at all. At step 0 it has no tensors: the seed makes
         them again. Several processes first write their parts into a folder beside it, which the
-        file names, so that a kill in between leaves the checkpoint of before.
-        """
+        file names, so that a kill in between leaves the checkpoint of before."""
         before, tensors = self.state, training_tensors(model, optimizer) if step else {}
         self.state = dict(self.notes, settings=self.settings, step=step, rng=torch.get_rng_state())
         if rank_and_size()[1] > 1 and step:
@@ -398,8 +391,7 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def load(self, model, optimizer):
         """Put the checkpoint into model, optimizer and torch's generator, whatever number of
-        processes wrote it. Raises ValueError if it is not whole.
-        """
+        processes wrote it. Raises ValueError if it is not whole."""
         torch.set_rng_state(self.state["rng"])
         if not self.state["step"]:
             return

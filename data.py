@@ -16,7 +16,7 @@ keeps the corpus's fingerprint, since another Python is another text.
 Bits/byte = nats per token x tokens / ln 2 / bytes of text. Unlike nats per token it does not depend
 on the tokenizer, and it compares with xz.
 
-Left out: mixtures of weighted sources, streaming from object stores, cleaning and deduplication.
+Left out: mixtures of sources, streaming from object stores, cleaning and deduplication.
 
     python data.py                                         statistics of corpus and tokenizer; 6 s
     python data.py --data DIR --write-shards out/shards    tokenise once, for large runs
@@ -83,11 +83,10 @@ def read_text(path):
 
 
 def files_below(folder, seen):
-    """The files in a folder and its subfolders that are not hidden. Links are followed; a folder
-    that is there twice is read once. seen: the real paths of folders, which is added to."""
-    real = folder.resolve()
-    for path in sorted(folder.iterdir()) if real not in seen else ():
-        seen.add(real)
+    """The files in a folder and its subfolders that are not hidden. Links are followed, a folder
+    that is there twice is read once. seen: the folders so far."""
+    for path in () if folder.resolve() in seen else sorted(folder.iterdir()):
+        seen.add(folder.resolve())
         if path.is_dir() and not path.name.startswith("."):
             yield from files_below(path, seen)
         elif (path.is_file() or path.is_symlink()) and not path.name.startswith("."):
@@ -213,8 +212,7 @@ class Encoding:
 
     def encode_ordinary_batch(self, texts):
         self.tokenizer.encode_special_tokens = True
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [text.ids for text in encoded]
+        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode(self, text, allowed_special="all"):
         """Ids of a text in which special tokens stand for themselves."""
@@ -250,11 +248,6 @@ def encoding_from_json(text):
     if missing:
         raise ValueError(f"tokenizer.json lacks {len(missing)} of the 256 bytes")
     return Encoding(tokenizer)
-
-
-def assigned_ids(encoding):
-    """The ids that stand for something, in order; a vocabulary may have holes."""
-    return sorted(encoding.tokenizer.get_vocab().values())
 
 
 def separator_id(encoding):
@@ -361,8 +354,7 @@ class Batches:
     """Windows of a stream in a seeded order; `position`, how many were taken, is the whole state.
 
     Epoch e visits window (stride * i + offset) mod n for i = 0 .. n - 1. The stride (coprime to n),
-    the offset and a shift of all windows are drawn from (seed, e), so that no order is stored.
-    """
+    the offset and a shift of all windows are drawn from (seed, e), so that no order is stored."""
 
     def __init__(self, stream, batch_size, seq_len, seed=0, position=0, separator=None):
         self.stream, self.batch_size, self.seq_len, self.seed = stream, batch_size, seq_len, seed
@@ -400,8 +392,8 @@ def label(windows, separator):
 
 def validation_batches(stream, batch_size, seq_len, separator=None, limit=None):
     """Yield the stream as `Batches.next` does, but in order, every token predicted once; labels are
-    -100 where it is padded. limit: about so many tokens only, in windows from all over the stream.
-    """
+    -100 where it is padded. limit: about so many tokens only, in windows from all over the
+    stream."""
     starts = range(0, len(stream) - 1, seq_len)
     n = len(starts) if limit is None else min(max(limit // seq_len, 1), len(starts))
     starts = [starts[i * len(starts) // n] for i in range(n)]
@@ -434,16 +426,14 @@ def main(run):
     text = load_data(run.data, run.tokenizer, run.vocab_size)
     corpus, stream, xz = text.fingerprint, text.validation, text.validation_xz
     bytes_per_token = text.validation_bytes / len(stream)
-    example = "|".join(text.encoding.decode([i]) for i in stream.read(0, 40))
+    example = "|".join(text.encoding.decode([i]) for i in stream.read(0, 40)).replace("\n", "\\n")
     print(f"corpus       {corpus['source']}: {corpus['documents']} documents, "
-          f"{corpus['bytes'] / 1e6:.2f} MB, sha256 {corpus['sha256'][:12]}")
-    print(f"tokenizer    {run.tokenizer}: {text.encoding.n_vocab} entries, {bytes_per_token:.2f} "
-          "bytes per token on validation text")
-    print(f"tokens       {len(text.train):,} training, {len(stream):,} validation "
-          f"({text.validation_bytes / 1e3:.0f} kB)")
-    print("xz -9e       "
-          + (f"{xz:.3f} bits/byte on validation text" if xz else "not computed for shards"))
-    print("example      " + example.replace("\n", "\\n"))
+          f"{corpus['bytes'] / 1e6:.2f} MB, sha256 {corpus['sha256'][:12]}\n"
+          f"tokenizer    {run.tokenizer}: {text.encoding.n_vocab} entries, {bytes_per_token:.2f} "
+          f"bytes per token on validation text\ntokens       {len(text.train):,} training, "
+          f"{len(stream):,} validation ({text.validation_bytes / 1e3:.0f} kB)\nxz -9e       "
+          f"{f'{xz:.3f} bits/byte on validation text' if xz else 'not computed for shards'}\n"
+          f"example      {example}")
     if run.write_shards:
         write_shards(text, run.write_shards)
         print(f"shards       written to {run.write_shards}")

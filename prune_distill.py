@@ -88,8 +88,7 @@ from train_fp8 import Job, check_memory, evaluate, shard, train, train_in_folder
 class Scores:
     """Importance of each part, fp32 on the CPU; a larger score matters more. Keys are layers.
 
-    channels (d,); neurons {i: (f,)}; mamba {i: (h, p)}; heads {i: (n_heads,)}.
-    """
+    channels (d,); neurons {i: (f,)}; mamba {i: (h, p)}; heads {i: (n_heads,)}."""
     channels: torch.Tensor
     neurons: dict
     mamba: dict
@@ -105,8 +104,7 @@ class Scores:
 def importance(model, batches):
     """Scores of a model on batches of tokens, an iterable of int64 (b, t) on the model's device.
 
-    One forward pass each: hooks read what the layers compute anyway.
-    """
+    One forward pass each: hooks read what the layers compute anyway."""
     sums, hooks, config = collections.defaultdict(float), [], model.config
 
     def watch(module, key, read):
@@ -152,8 +150,7 @@ def layer_costs(model, batches, layers, metric="logits"):
     """{layer: cost of removing it} for each of `layers`, the only ones that are left in the model.
 
     logits, hidden: MSE against the whole model, of the logits or of the hidden states. cosine: 1 -
-    cosine of the layer's input and output.
-    """
+    cosine of the layer's input and output."""
     if metric not in ("logits", "hidden", "cosine"):
         raise ValueError(f"the metric is {metric!r}, must be logits, hidden or cosine")
     cost = dict.fromkeys(layers, 0.0)
@@ -180,8 +177,7 @@ def choose_layers(model, batches, counts, metric="logits"):
 
     One layer at a time is removed, the one of lowest cost among the types that still have too many.
     For logits the costs are measured again after each removal (Nano 2), for cosine and hidden once
-    (Minitron, MiniPuzzle).
-    """
+    (Minitron, MiniPuzzle)."""
     pattern, log = model.config.pattern, []
     layers, cost = list(range(len(pattern))), None
     for layer_type, n in counts.items():
@@ -210,8 +206,7 @@ class Keep:
 
     layers (list); channels (d',) of the residual stream; neurons {layer: (f',)}; mamba_heads
     {layer: (h',)}, the same number in each group; mamba_channels {layer: (p',)}, one set for all
-    heads; heads {layer: (n_heads',)}, the same number for each KV head.
-    """
+    heads; heads {layer: (n_heads',)}, the same number for each KV head."""
     layers: list
     channels: torch.Tensor
     neurons: dict
@@ -243,8 +238,7 @@ def best_in_groups(score, groups, n, worst=False):
 
 def keep_best(scores, old, new, layers, worst=False):
     """The Keep that turns a model of configuration `old` into one of `new` with these layers. worst
-    keeps the lowest scores, for comparison.
-    """
+    keeps the lowest scores, for comparison."""
     for name in ("d_model", "mlp_dim", "mamba_heads", "mamba_head_dim", "n_heads"):
         if getattr(new, name) > getattr(old, name):
             raise ValueError(f"{name} {getattr(new, name)} is more than the teacher's "
@@ -293,8 +287,7 @@ def prune(model, keep):
     """A new, smaller HybridLM with what `keep` keeps; the old model stays as it is.
 
     Norms and the residual stream are scaled as the header says: removing dead weight changes
-    nothing, and keeping everything gives the same bits.
-    """
+    nothing, and keeping everything gives the same bits."""
     old, c, backbone = model.config, keep.channels, model.backbone
     config = keep.config(old)
     norm = math.sqrt(old.d_model / config.d_model)
@@ -327,8 +320,7 @@ class _KLDivergence(torch.autograd.Function):
     """Mean KL(teacher || student) over tokens, in blocks: no model's (tokens, v) logits ever exist.
 
     The gradient of the student's logits, softmax(student) - softmax(teacher), is made while a
-    block's logits exist, as in model.cross_entropy.
-    """
+    block's logits exist, as in model.cross_entropy."""
 
     @staticmethod
     def forward(ctx, h, weight, teacher_h, teacher_weight, block, want_grad):
@@ -365,8 +357,7 @@ def kd_loss(h, weight, teacher_h, teacher_weight, labels=None, block=256):
 
     Gradients flow to h (tokens, d) and weight (v, d), not to teacher_h (tokens, d_t) and
     teacher_weight (v, d_t). labels (tokens,): where below 0 a token is left out, as in
-    cross-entropy. block: tokens whose logits exist at one time.
-    """
+    cross-entropy. block: tokens whose logits exist at one time."""
     if len(weight) != len(teacher_weight):
         raise ValueError(f"the student's vocabulary has {len(weight)} entries, the teacher's "
                          f"{len(teacher_weight)}: distillation compares entry with entry")
@@ -418,8 +409,8 @@ def request_for(run, config):
     """The Request of a run whose teacher is `config`: --memory-gib, or --keep of what it needs.
 
     Temporaries are the teacher's, so never too few. With 8-bit or 4-bit weights, which infer.py
-    does not run, they are not counted; the papers' budget of 31.7 GiB does not count them either.
-    """
+    does not run, they are not counted; the papers' budget of 31.7 GiB does not count them
+    either."""
     workspace = 0
     if run.weight_bits == 16:
         chunk = max(min(1024, run.context // 32), 1)                # of a prompt, in prefill
@@ -439,8 +430,7 @@ def with_counts(config, counts, **widths):
 
 def grid_for(config):
     """[(counts, configuration)] of all candidates: the papers' for their two teachers; for others
-    down to 62% of each width, and up to one layer less of each type but attention.
-    """
+    down to 62% of each width, and up to one layer less of each type but attention."""
     counts = lambda m, a, f: {"M": m, "*": a, "-": f}
     shape = lambda c: (c.pattern, c.params_by_layer())
     is_preset = lambda name: shape(config) == shape(HybridConfig.preset(name))
@@ -466,8 +456,7 @@ def grid_for(config):
 
 def search(request, grid):
     """[(bytes, counts, configuration)] of everything in the grid that fits, largest first. Raises
-    ValueError, naming the smallest, if nothing does.
-    """
+    ValueError, naming the smallest, if nothing does."""
     rows = sorted(((request.needs(c), counts, c) for counts, c in grid), key=lambda row: -row[0])
     found = [row for row in rows if row[0] <= request.limit]
     if not found:
@@ -488,8 +477,7 @@ def minipuzzle(costs, width_costs, config, request):
 
     costs {layer: of removing it}, width_costs {MLP width: of pruning all MLPs to it}, both an MSE
     of the hidden states. The program maximises the cost of the layers that are kept, at least one,
-    under the budget. Raises ValueError if nothing fits.
-    """
+    under the budget. Raises ValueError if nothing fits."""
     layers, found = list(costs), []
     needs = lambda p, f: request.needs(dataclasses.replace(config, pattern=p, mlp_dim=f))
     for f, width_cost in width_costs.items():
@@ -594,8 +582,7 @@ def load_text(run):
 
 def load_task(run, token_data):
     """What an aligned teacher was taught, half of its rows, with text, as batches for `train`; None
-    for another teacher.
-    """
+    for another teacher."""
     rows = read_rows(pathlib.Path(run.teacher) / "metrics.jsonl")
     result = rows[-1].get("final", {}) if rows else {}
     if "accuracy_by_budget" not in result:
@@ -638,8 +625,7 @@ def train_briefly(training, model, token_data, loss_fn=HybridLM.loss, task=None)
 
 def propose_minitron(run, teacher, token_data, batches, scores, request):
     """Keeps, the best first: for each depth and d_model the largest candidate that fits, ordered by
-    the loss straight after pruning.
-    """
+    the loss straight after pruning."""
     config, largest, kept, rows = teacher.config, {}, {}, []
     for _, counts, candidate in search(request, grid_for(config)):
         largest.setdefault((tuple(counts.items()), candidate.d_model), candidate)

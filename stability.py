@@ -93,8 +93,7 @@ def attend_eager(q, k, v, mask=None, beta=1.0, cap=None, stretch=None):
 
     beta: softmax(beta z). cap: c of c tanh(z / c). stretch: (zeta, gamma) of soft_clip. mask: bool,
     True is seen; None is causal, the last query seeing everything. KV heads are not repeated. The
-    scores of all pairs exist in memory: train long sequences with --recompute.
-    """
+    scores of all pairs exist in memory: train long sequences with --recompute."""
     b, heads, t, head_dim = q.shape
     g, kv_len = k.shape[1:3]
     accum_dtype = accumulator(q)
@@ -117,8 +116,7 @@ def attend_eager(q, k, v, mask=None, beta=1.0, cap=None, stretch=None):
 
 class PartNorm(nn.Module):
     """LayerNorm or RMSNorm, in fp32, of each `width` neighbours of the last axis: one head of q,
-    one group of B, or a whole output. All parts share one weight.
-    """
+    one group of B, or a whole output. All parts share one weight."""
 
     def __init__(self, width, kind="layernorm", eps=1e-5):
         super().__init__()
@@ -166,8 +164,7 @@ class SigmaReparam(nn.Module):
     """A parametrisation of a weight W (n, k): g W / sigma(W) with sigma = u^T W v.
 
     u and v follow the largest singular value, one power iteration per `update`. g and the gradient
-    through sigma are learned. At the start the iteration runs until sigma is known.
-    """
+    through sigma are learned. At the start the iteration runs until sigma is known."""
 
     def __init__(self, weight, tolerance=1e-7, most=2000):
         super().__init__()
@@ -267,8 +264,7 @@ def apply_method(model, method, norm="layernorm"):
     norm: "layernorm" or "rmsnorm", of the norms that are added. With sigma_reparam, call
     `update_sigmas(model)` before each training pass. FP8 linears (train_fp8.convert_to_fp8) must be
     in place before. Raises ValueError for an unknown method or norm, and for a method that changes
-    the softmax on a pattern without attention.
-    """
+    the softmax on a pattern without attention."""
     config = model.config
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of: {', '.join(METHODS)}")
@@ -312,8 +308,7 @@ def probe(model):
     weight is the L2 norm of a linear's weight. input and output are the L2 norm of a token's
     vector, root mean square over tokens. grad is the L2 norm of the gradient with respect to the
     linear's input, and arrives during the backward pass. logit is the largest attention logit that
-    a query may see.
-    """
+    a query may see."""
     seen = {}
     record = lambda f, *key: functools.partial(f, seen, key)
     with contextlib.ExitStack() as stack:
@@ -335,8 +330,7 @@ def probe(model):
 
 def record_input(seen, key, module, inputs):
     """A forward pre-hook. The module gets a view of its input, whose gradient is that of this
-    module alone, since the residual stream has other readers.
-    """
+    module alone, since the residual stream has other readers."""
     x = inputs[0].view_as(inputs[0])
     seen["input", *key] = token_norm(x)
     if x.requires_grad:
@@ -408,8 +402,7 @@ PRESETS = {     # (configuration, settings of the run); hybrids have attention w
 @dataclasses.dataclass
 class Run:
     """Find the max stable learning rate of each method, and what grows beyond it. What has no
-    default here is the preset's. The same command goes on in --out where it stopped.
-    """
+    default here is the preset's. The same command goes on in --out where it stopped."""
 
     preset: str = flag("toy", "one of " + ", ".join(PRESETS), choices=PRESETS)
     methods: str | None = flag(None, "of " + ", ".join(METHODS), nargs="+", session=True)
@@ -466,8 +459,7 @@ RATIO, PATIENCE = 1.05, 3       # diverged: validation loss above RATIO x its be
 
 def diverges(evals):
     """Whether [[step, validation loss], ...] is that of a trial that diverges: a loss that is not
-    finite, or PATIENCE in a row above RATIO times the best before them.
-    """
+    finite, or PATIENCE in a row above RATIO times the best before them."""
     best, above = math.inf, 0
     for _, loss in evals:
         above = above + 1 if loss > RATIO * best else 0
@@ -490,8 +482,8 @@ def run_trial(run, config, method, lr, token_data, device):
     """Train one method at one learning rate; probe it where it is evaluated, and in the first step.
 
     Returns dict(method, lr, seed, diverged: the step at which that was clear, or None, loss: the
-    last validation loss, or None if diverged, evals [[step, loss]], norms [{step, linear: norms}]).
-    """
+    last validation loss, or None if diverged, evals [[step, loss]], norms [{step, linear:
+    norms}])."""
     torch.manual_seed(run.seed)
     training, step, evals, probes = run.training(lr), 1, [], {}
     model = HybridLM(config, getattr(torch, run.compute_dtype)).to(device)
@@ -538,8 +530,7 @@ def get_outcomes(trials, method):
 
 def get_bracket(outcomes):
     """(max stable learning rate, lowest learning rate that diverged), each None if there is none.
-    What converged above one that diverged does not count.
-    """
+    What converged above one that diverged does not count."""
     high = min((lr for lr, diverged in outcomes.items() if diverged), default=None)
     stable = [lr for lr, diverged in outcomes.items()
               if not diverged and (high is None or lr < high)]
@@ -565,8 +556,7 @@ def open_trials(folder, settings, overwrite=False):
     """(the trials that are done, a function that adds one) of trials.jsonl in a folder, whose first
     line is the settings. No other process may open it inside `with`.
 
-    Raises FileExistsError if another process has, and for trials of other settings.
-    """
+    Raises FileExistsError if another process has, and for trials of other settings."""
     path, settings = pathlib.Path(folder) / "trials.jsonl", json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path.parent / ".lock", blocking=False)
@@ -621,8 +611,8 @@ def report(run, trials):
 
 
 def pick_pair(run, trials):
-    """(a diverging trial, a converging one of its learning rate, or else of its method), or None.
-    """
+    """(a diverging trial, a converging one of its learning rate, or else of its method), or
+    None."""
     rank = lambda t: (run.methods.index(t["method"]), t["lr"])
     bad = sorted((t for t in trials if t["diverged"] and t["norms"]), key=rank)
     good = sorted((t for t in trials if not t["diverged"]), key=rank)

@@ -80,8 +80,7 @@ FAKE_BLOCK = 2 ** 18        # elements that fake_quantize works on at a time, to
 class Recipe:
     """Formats and blocks of the operands x (tokens, k), w (n, k), g (tokens, n). A block is (rows,
     columns) of a matrix whose last axis is the one that the GEMM sums over; for the weight
-    gradient, which sums over tokens, it is transposed. None is the whole tensor.
-    """
+    gradient, which sums over tokens, it is transposed. None is the whole tensor."""
     x_format: torch.dtype = E4M3
     w_format: torch.dtype = E4M3
     g_format: torch.dtype = E4M3
@@ -98,16 +97,15 @@ RECIPES = {"none": None, "nemotron-h": Recipe(g_format=E5M2),
 def cast(x, fmt):
     """x -> float8, saturating: finite values past the largest become the largest, inf and NaN NaN.
     The clamp is written out because the bare cast differs: E5M2 overflows to inf, and E4M3 to NaN
-    before torch 2.12 and to 448 since, where even inf becomes 448 and a divergence looks healthy.
-    """
+    before torch 2.12 and to 448 since, where even inf becomes 448 and a divergence looks
+    healthy."""
     largest = FORMATS[fmt][0]
     return torch.where(x.isinf(), torch.nan, x.clamp(-largest, largest)).to(fmt)
 
 
 def in_blocks(x, block):
     """x (m, k) -> fp32 (rows, block rows, columns, block columns), ragged last blocks filled with
-    zeros, which change no amax. None: one block.
-    """
+    zeros, which change no amax. None: one block."""
     (m, k), (rows, columns) = x.shape, block or x.shape
     x = x.float()
     if m % rows or k % columns:
@@ -119,8 +117,7 @@ def block_scales(blocks, fmt, pow2=False):
     """The scale of each block, fp32 (rows, 1, columns, 1): largest value of the format / amax.
 
     A block of zeros would give inf: the scale stops at fp32's largest, so that 0 x scale is 0. An
-    inf or NaN makes its whole block NaN, loudly. pow2 clears the mantissa of the scale.
-    """
+    inf or NaN makes its whole block NaN, loudly. pow2 clears the mantissa of the scale."""
     amax = blocks.abs().amax((1, 3), keepdim=True)
     # not 448 / amax, which torch computes as 448 x (1 / amax): a last bit off for a quarter of them
     scale = (torch.full_like(amax, FORMATS[fmt][0]) / amax).clamp(max=torch.finfo(amax.dtype).max)
@@ -130,8 +127,8 @@ def block_scales(blocks, fmt, pow2=False):
 def quantize(x, fmt, block=None, pow2=False):
     """x (m, k) of any float dtype -> codes (m, k) in fmt, E4M3 or E5M2, and fp32 inverse scales
     (ceil(m / rows), ceil(k / columns)). block: (rows, columns), or None for one scale of the whole
-    tensor. x is scaled in fp32 and cast once: by way of bf16, 3% of the values would round twice.
-    """
+    tensor. x is scaled in fp32 and cast once: by way of bf16, 3% of the values would round
+    twice."""
     m, k = x.shape
     blocks = in_blocks(x, block)
     scale = block_scales(blocks, fmt, pow2)
@@ -151,8 +148,7 @@ def round_to_grid(x, fmt):
     a cast. Only for |x| up to the format's largest.
 
     Adding 1.5 x 2^23 grid steps leaves no bits below a step: the rounding of that addition is the
-    one wanted. A step is 2^-mantissa of the value's own power of two.
-    """
+    one wanted. A step is 2^-mantissa of the value's own power of two."""
     _, mantissa, smallest = FORMATS[fmt]
     power = x.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     power.clamp_(min=2.0 ** smallest)
@@ -162,8 +158,8 @@ def round_to_grid(x, fmt):
 
 def fake_quantize(x, fmt, block=None, pow2=False, dtype=None):
     """dequantize(quantize(x)) in dtype (x's own), bit for bit but for the sign of zeros. A CPU is
-    several times as fast: pieces stay in the cache, and no float8 tensor has to be converted back.
-    """
+    several times as fast: pieces stay in the cache, and no float8 tensor has to be converted
+    back."""
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     (m, k), rows = x.shape, block[0] if block else 1
     whole = None if block else block_scales(in_blocks(x, None), fmt, pow2)
@@ -178,16 +174,14 @@ def fake_quantize(x, fmt, block=None, pow2=False, dtype=None):
 
 def sqnr(value, truth):
     """Signal to quantisation noise in dB: 10 log10(|truth|^2 / |value - truth|^2), in fp64. An
-    error of 1% is 40 dB; a cast of N(0, 1) gives E4M3 31.5, E5M2 25.6, bf16 55.6.
-    """
+    error of 1% is 40 dB; a cast of N(0, 1) gives E4M3 31.5, E5M2 25.6, bf16 55.6."""
     value, truth = value.detach().double(), truth.detach().double()
     return float(10 * torch.log10(truth.square().sum() / (value - truth).square().sum()))
 
 
 class Operand(NamedTuple):
     """One side of an FP8 GEMM, (rows, k), summed over k. Emulated: the values themselves, in the
-    dtype that is multiplied in, and no inverse scales. Hopper: float8 codes and inverse scales.
-    """
+    dtype that is multiplied in, and no inverse scales. Hopper: float8 codes and inverse scales."""
     values: torch.Tensor
     inv_scale: torch.Tensor | None
     block: tuple | None
@@ -218,8 +212,7 @@ def gemm(a, b, out_dtype, fast_accum=False):
 
     Emulated: multiply the dequantised values, whose products are exact in fp32. Hopper: cuBLASLt
     wants both operands with k innermost, E5M2 on one side at most, k and n that 16 divides, and
-    scales as `in_columns` has them (cuBLASLt 12.9, compute capability 9.0).
-    """
+    scales as `in_columns` has them (cuBLASLt 12.9, compute capability 9.0)."""
     if a.inv_scale is None:
         return (a.values @ b.values.t()).to(out_dtype)
     left, right = a.values.contiguous(), b.values.contiguous().t()
@@ -234,8 +227,7 @@ def gemm(a, b, out_dtype, fast_accum=False):
 def in_columns(x):
     """An operand's inverse scales in the memory order of cuBLASLt: 1x128 (rows, k blocks) by
     columns; 128x128 (k blocks up to a multiple of 4, row blocks), also by columns. Strides are
-    those of that order even where an axis has one element, since they are checked.
-    """
+    those of that order even where an axis has one element, since they are checked."""
     m = x.inv_scale
     m = m if x.block == (1, 128) else F.pad(m, (0, -m.shape[1] % 4)).t()
     return torch.empty_strided(m.shape, (1, len(m)), dtype=m.dtype, device=m.device).copy_(m)
@@ -255,8 +247,7 @@ class _Float8Matmul(torch.autograd.Function):
     x (tokens, k), w (n, k), g = dL/dy (tokens, n):  dx = g w sums over n,  dw = g^T x over tokens.
     With one scale per tensor, or square blocks, codes can be transposed: one quantisation serves
     two GEMMs, and the codes are what is saved. Tiles of 1x128 lie along the axis that is summed, so
-    x and g are quantised again along tokens, x from the high-precision copy that is saved.
-    """
+    x and g are quantised again along tokens, x from the high-precision copy that is saved."""
 
     @staticmethod
     def forward(ctx, x, w, recipe, backend):
@@ -288,8 +279,7 @@ class _Float8Matmul(torch.autograd.Function):
 class Float8Linear(nn.Linear):
     """A linear layer that trains with FP8 GEMMs and keeps its weight in high precision. It rounds
     only where gradients are recorded, or while `always` is set: evaluation and the saved model are
-    in high precision, as the released checkpoints are.
-    """
+    in high precision, as the released checkpoints are."""
 
     def __init__(self, d_in, d_out, recipe, backend="emulated", bias=False):
         super().__init__(d_in, d_out, bias)
@@ -320,8 +310,7 @@ def convert_to_fp8(model, recipe, backend="auto", ends=4, skip=("lm_head",), ver
     recipe: a name of RECIPES, or a Recipe of your own. The first and last `ends` linears in order
     of registration, which is execution order here, and those named in `skip` stay as they are.
     Raises ValueError, with nothing converted, for an unknown recipe, for sizes that 16 does not
-    divide (hardware GEMMs need it), and when nothing is left to convert.
-    """
+    divide (hardware GEMMs need it), and when nothing is left to convert."""
     if recipe == "none":
         return model
     settings = RECIPES.get(recipe, recipe)
@@ -406,8 +395,7 @@ def prepare_layers(run, model, backend, verbose=True):
 def shard(model):
     """FSDP2, in place: every process keeps its part of each parameter, gradient and moment in fp32,
     and gathers a layer's parameters when they are needed: the linears in the compute dtype, the
-    others in fp32, as A_log, dt_bias, D and norms must not be rounded. Gradients add up in fp32.
-    """
+    others in fp32, as A_log, dt_bias, D and norms must not be rounded. Gradients add up in fp32."""
     mesh = dist.init_device_mesh(model.lm_head.weight.device.type, (dist.get_world_size(),))
     exact = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     rounded = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(model.compute_dtype, torch.float32))
@@ -432,8 +420,7 @@ def gather_model(model):
 
 def check_memory(run, config, dtype, device):
     """{part: bytes} that a training step holds on each process, traced on the meta device. Raises
-    ValueError if the device has less, or if the host cannot hold a whole model for each process.
-    """
+    ValueError if the device has less, or if the host cannot hold a whole model for each process."""
     size, processes = rank_and_size()[1], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with torch.device("meta"):
         model = prepare_layers(run, HybridLM(config, dtype), "emulated", verbose=False)
@@ -459,8 +446,7 @@ Phase = dataclasses.make_dataclass("Phase", "start end run batches lr".split())
 def load_phases(run, token_data):
     """The phases of --phases, or the whole run as one: steps `start` to `end`, of one text at one
     length. A learning rate is constant, None follows the schedule. What a phase leaves out is the
-    run's. Tokens per step stay as they are: longer sequences are fewer rows.
-    """
+    run's. Tokens per step stay as they are: longer sequences are fewer rows."""
     phases, tokens, end = [], run.batch_size * run.seq_len, 0.0
     for text in run.phases or ["1"]:
         try:
@@ -496,8 +482,7 @@ def make_batches(run, token_data):
 
 def wsd(step, steps, lr, warmup=0.02, decay=0.3, min_lr=0.01):
     """Learning rate of step 0 <= step < steps: linear warmup, constant, then down as 1 - sqrt.
-    warmup and decay are fractions of steps. The last step has lr * min_lr, if any step decays.
-    """
+    warmup and decay are fractions of steps. The last step has lr * min_lr, if any step decays."""
     warm, down, left = round(warmup * steps), round(decay * steps), steps - 1 - step
     if step < warm:
         return lr * (step + 1) / warm
@@ -540,8 +525,8 @@ class NotFinite(ValueError):
 
 def train_step(model, optimizer, batches, run, lr, device, loss_fn=HybridLM.loss, clip=1.0):
     """One optimizer step: accumulate, clip, update. Returns (loss, grad_norm) as floats; the loss
-    is the mean over all labels that are not below 0, of all passes and processes. Raises NotFinite.
-    """
+    is the mean over all labels that are not below 0, of all passes and processes. Raises
+    NotFinite."""
     passes = [[None if m is None else local_rows(m).to(device, non_blocking=True)
                for m in batches.next()] for _ in range(run.grad_accum)]
     counts = torch.stack([(labels >= 0).sum() for _, labels, _ in passes])
@@ -576,8 +561,7 @@ def train(run, model, token_data, loss_fn=HybridLM.loss, *, folder=None, batches
 
     folder: a RunFolder to resume from and to save to, every run.eval_every steps, on Ctrl-C or
     SIGTERM, and at the end: stopping loses nothing, and N + N steps equal 2N bit for bit on a CPU.
-    None keeps nothing and prints nothing.
-    """
+    None keeps nothing and prints nothing."""
     device, quiet, folder = model.lm_head.weight.device, folder is None, folder or Unsaved()
     optimizer, tokens_per_step = make_optimizer(model, run.lr), run.batch_size * run.seq_len
     phases = [Phase(0, run.steps, run, batches, None)] if batches else load_phases(run, token_data)
@@ -634,8 +618,7 @@ def train_in_folder(run, build, report, settings=None):
 
     build(run, state) -> Job, state the checkpoint to resume from or None. report(run, job, rows,
     val_loss) -> the result, on the first process. settings: {flag: value} by which the folder knows
-    this run again, by default those of `run`. Returns the result, or where it stopped.
-    """
+    this run again, by default those of `run`. Returns the result, or where it stopped."""
     device = pick_device(run.device)
     rank, size = start_processes(device)
     if device == "cpu":
