@@ -28,7 +28,7 @@ least time that reading the bytes, or doing the FLOPs, can take.
 Left out: paged caches, continuous batching, speculative decoding, tensor parallelism. For quantised
 weights, convert a run folder with llama.cpp.
 
-    python infer.py                                        continue a prompt; 5 s on 2 cores
+    python infer.py                                        answer a problem, or continue a prompt
     python infer.py --prompt "def main(" --temperature 0.7 --tokens 300
     python infer.py --checkpoint FOLDER --chat             any Nemotron-H with tokenizer.json
     python infer.py --plan --preset nemotron-nano-9b-v2 --context 131072 --memory-gib 19.66
@@ -51,9 +51,9 @@ import torch.nn.functional as F
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.overrides import TorchFunctionMode
 
-from common import GIB, StopRequest, check_flags, flag, flag_name, free_bytes, pick_device, \
-    read_json, script, tune_cpu
-from data import assigned_ids, encoding_from_json, separator_id
+from common import (GIB, StopRequest, check_flags, flag, flag_name, free_bytes, pick_device,
+                    read_json, read_rows, script, tune_cpu)
+from data import encoding_from_json, separator_id
 from model import HybridCache, HybridConfig, HybridLM, load_hf, read_config
 from ssm import Linear
 
@@ -62,8 +62,8 @@ class DecodeLinear(Linear):
     """A Linear that gives few fp32 rows on a CPU to oneDNN, when no gradient is needed.
 
     A decode step multiplies a few rows with every weight, which is bound by memory. torch gives
-    these products to MKL, with which a step takes 1.2 to 1.8 times as long (toy, small; AMD EPYC).
-    """
+    these products to MKL, with which a step takes 1.2 to 1.8 times as long (toy, small; AMD
+    EPYC)."""
 
     def forward(self, x):
         few = x.numel() <= 16 * x.shape[-1]         # rows
@@ -189,8 +189,8 @@ def plan(config, context, batch=1, dtype=torch.bfloat16, prefill_chunk=0, limit=
     context: tokens of each of `batch` sequences, prompt and answer. limit: bytes. snapshots: copies
     of the states. prefill_chunk 0: 1024, halved until the plan fits, but at least one chunk of the
     scan. The largest sizes are None without a limit or without advise, and 0 where nothing fits.
-    The prefill chunk is at most 64 chunks of the scan; without attention no context is the largest.
-    """
+    The prefill chunk is at most 64 chunks of the scan; without attention no context is the
+    largest."""
     work = functools.cache(functools.partial(workspace_bytes, config, dtype=dtype))
 
     def parts_of(context, batch, chunk):
@@ -283,8 +283,7 @@ class Decoder:
 
     Launching the hundreds of small kernels of a step one by one takes longer than they run; a graph
     launches all at once. It needs shapes that stay: the position is a tensor on the device, and
-    attention reads a fixed kv_len, at most an eighth more than what is filled.
-    """
+    attention reads a fixed kv_len, at most an eighth more than what is filled."""
 
     def __init__(self, model, cache):
         self.model, self.cache, self.graphs = model, cache, {}
@@ -338,8 +337,7 @@ class Decoder:
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Token ids (b,) drawn from logits (b, v). temperature 0 is argmax; top_k 0 and top_p 1 keep
-    all. top_p keeps the fewest tokens whose probability reaches p.
-    """
+    all. top_p keeps the fewest tokens whose probability reaches p."""
     if temperature < 1e-4:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -388,8 +386,7 @@ class TextStream:
 
 class ThinkingBudget:
     """Closes a thought at the first newline after `budget` tokens, or `grace` tokens later (Nano 2,
-    section 3.4). It works on bytes: </think> is one token in some tokenizers, three in others.
-    """
+    section 3.4). It works on bytes: </think> is one token in some tokenizers, three in others."""
 
     def __init__(self, encoding, budget, grace=500):
         self.encoding, self.budget, self.grace = encoding, budget, grace
@@ -488,7 +485,7 @@ class Row:
 def stream_rows(model, rows, cache, logits, stats):
     """Yield (row number, text) from logits (b, v) on, until all rows have ended."""
     excluded = torch.full_like(logits[0], -torch.inf)
-    excluded[assigned_ids(rows[0].encoding)] = 0        # other ids have no text
+    excluded[[*rows[0].encoding.tokenizer.get_vocab().values()]] = 0     # others have no text
     step = Decoder(model, cache) if logits.is_cuda else functools.partial(decode_one, model, cache)
     start = time.perf_counter()
     try:
@@ -507,8 +504,7 @@ def stream_rows(model, rows, cache, logits, stats):
 
 def start_rows(model, prompts, cache, chunk=1024, samples=1):
     """Prefill prompts (lists of ids), each once and alone, each into `samples` rows of the cache.
-    Returns logits (rows, v). There is no padding: a shorter prompt begins later in the cache.
-    """
+    Returns logits (rows, v). There is no padding: a shorter prompt begins later in the cache."""
     device, longest, logits = model.lm_head.weight.device, max(map(len, prompts)), []
     starts = [longest - len(ids) for ids in prompts]        # so that all end at the same position
     for i, (ids, start) in enumerate(zip(prompts, starts)):
@@ -532,8 +528,7 @@ def generate_rows(model, encoding, prompts, settings=None, seeds=None, samples=1
     In fp32 a row says what it would say alone; in bf16, whose sums round differently in a batch, 1
     of 60 greedy texts did not. Sample i of prompt j has seed seeds[j] + i. max_len: tokens per row
     of the cache. stats: a dict that receives prompt_tokens, prefill_seconds, tokens, seconds, or a
-    Counter that adds them up.
-    """
+    Counter that adds them up."""
     settings, seeds = settings or Settings(), seeds or [0] * len(prompts)
     stats = {} if stats is None else stats
     ids = [[separator_id(encoding), *encoding.encode_ordinary(prompt)] for prompt in prompts]
@@ -564,8 +559,7 @@ class ContextFull(ValueError):
 class Chat:
     """Turns in one cache. history: the ids of all turns as the template writes them, of which the
     cache has seen the first cache.pos. After an answer the cache returns to before the thought, and
-    the answer is appended to the history without it, so that later turns never see a thought.
-    """
+    the answer is appended to the history without it, so that later turns never see a thought."""
 
     def __init__(self, model, encoding, max_len, system="", settings=None, chunk=1024):
         self.model, self.encoding, self.chunk = model, encoding, chunk
@@ -666,7 +660,7 @@ def show_plan(run):
 
 
 PIPELINE = [pathlib.Path("out") / name for name in ("compressed", "aligned", "base")]
-DEFAULT_PROMPT = "import os\n\n\ndef read_"
+DEFAULT_PROMPT, DEFAULT_PROBLEM = "import os\n\n\ndef read_", "7*3-4+8"
 
 
 @dataclasses.dataclass
@@ -692,9 +686,8 @@ class Run(Settings):
 
     def __post_init__(self):
         check_flags(self)
-        for name, mode in (("preset", "plan"), ("pattern", "plan"), ("system", "chat"),
-                           ("think_budget", "chat")):
-            if getattr(self, name) not in ("", -1) and not getattr(self, mode):
+        for name, mode in (("preset", "plan"), ("pattern", "plan"), ("system", "chat")):
+            if getattr(self, name) and not getattr(self, mode):
                 raise ValueError(f"{flag_name(name)} is for --{mode}")
         if self.chat and (self.plan or self.samples > 1):
             raise ValueError("--chat goes with neither --plan nor --samples")
@@ -706,10 +699,16 @@ class Run(Settings):
         return int((self.memory_gib or GPUS.get(self.gpu, [0])[0]) * GIB) or None
 
 
-def load_what_fits(run, prompts):
+def is_aligned(folder):
+    """Whether align.py made this model, or the one that it was distilled from."""
+    rows = read_rows(folder / "metrics.jsonl")
+    result = rows[-1].get("final", {}) if rows else {}
+    return "accuracy_by_budget" in result or result.get("student_accuracy") is not None
+
+
+def load_what_fits(run, folder, prompts):
     """(model, encoding, context, prefill chunk) of a request; nothing is loaded unless it fits."""
-    newest = next((path for path in PIPELINE if (path / "config.json").exists()), PIPELINE[-1])
-    folder, device = pathlib.Path(run.checkpoint or newest), pick_device(run.device)
+    device = pick_device(run.device)
     encoding, values = load_encoding(folder), read_json(folder / "config.json")
     stored = values.get("torch_dtype") or values.get("dtype")        # an old name and its new one
     dtype = getattr(torch, str(stored if run.dtype == "auto" else run.dtype), torch.float32)
@@ -763,13 +762,13 @@ def write_texts(run, model, encoding, prompts, context, chunk, stats):
     return texts[0] if alone else texts
 
 
-def converse(run, chat, prompts, stats):
-    """The answers to --prompt, then to lines of standard input, until these or the context end."""
+def converse(run, chat, prompts, stats, once):
+    """The answers to prompts; unless once, then to standard input, until it or the context ends."""
     if END_TURN not in chat.encoding.special_tokens_set:
         print("note: this tokenizer has no token that ends a turn, so the model has seen no chats")
     answers, turns = [], list(prompts)
     try:
-        while True:
+        while turns or not once:
             text = turns.pop(0) if turns else input("\n> " if sys.stdin.isatty() else "")
             answers.append(show(chat.say(text, run.seed + len(answers), stats)))
             print()
@@ -795,11 +794,20 @@ def peak_bytes(device):
 def main(run):
     if run.plan:
         return show_plan(run)
-    prompts = list(run.prompt) or ([] if run.chat else [DEFAULT_PROMPT])
-    model, encoding, context, chunk = load_what_fits(run, prompts)
+    newest = next((path for path in PIPELINE if (path / "config.json").exists()), PIPELINE[-1])
+    folder, prompts = pathlib.Path(run.checkpoint or newest), list(run.prompt)
+    once = not run.chat and not prompts and is_aligned(folder)
+    if once:            # by default a model that was taught a task shows how it works one out
+        run, prompts = dataclasses.replace(run, chat=True), [DEFAULT_PROBLEM]
+        print(f"{DEFAULT_PROBLEM} in {folder}, as --chat --prompt {DEFAULT_PROBLEM}:")
+    if run.think_budget >= 0 and not run.chat:
+        raise ValueError("--think-budget is for --chat, or a model of align.py without --prompt")
+    prompts = prompts or ([] if run.chat else [DEFAULT_PROMPT])
+    model, encoding, context, chunk = load_what_fits(run, folder, prompts)
     stats = collections.Counter()
     if run.chat:
-        text = converse(run, Chat(model, encoding, context, run.system, run, chunk), prompts, stats)
+        chat = Chat(model, encoding, context, run.system, run, chunk)
+        text = converse(run, chat, prompts, stats, once)
     else:
         text = write_texts(run, model, encoding, prompts, context, chunk, stats)
     decode = stats["tokens"] / max(stats["seconds"], 1e-9)

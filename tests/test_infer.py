@@ -7,6 +7,7 @@ import inspect
 import json
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -931,6 +932,22 @@ def test_a_chat_reads_lines_until_they_end(run_folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert len(json.loads(printed.splitlines()[-1])["text"]) == 2
     assert "no token that ends a turn" in printed
+
+
+@pytest.mark.parametrize("final", [dict(accuracy_by_budget={}), dict(student_accuracy=0.9)])
+def test_a_model_that_was_taught_a_task_shows_it_without_being_asked(run_folder, tmp_path, capsys,
+                                                                     monkeypatch, final):
+    """One turn, no more: standard input is not read. Another model continues a text."""
+    folder = shutil.copytree(run_folder, tmp_path / "aligned")
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("nobody was asked"))
+    argv = ["--checkpoint", str(folder), "--device", "cpu", "--tokens", "5", "--think-budget", "2"]
+    (folder / "metrics.jsonl").write_text(json.dumps(dict(step=1, final=final)) + "\n")
+    infer.main(argv)
+    out = capsys.readouterr().out
+    assert out.startswith("7*3-4+8 in") and len(json.loads(out.splitlines()[-1])["text"]) == 1
+    (folder / "metrics.jsonl").write_text(json.dumps(dict(final=dict(student_accuracy=None))))
+    infer.main(argv[:-2])
+    assert infer.DEFAULT_PROMPT in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_a_stream_cleanly(run_folder):
