@@ -56,6 +56,7 @@ from data import Batches, load_data
 from infer import (ASSISTANT, END_THINK, END_TURN, SYSTEM, THINK, USER, Row, Settings, load_run,
                    message_ids, start_rows, stream_rows)
 from model import save_hf
+from ssm import accumulator
 from train_fp8 import Job, check_memory, train_in_folder
 
 # ------------------------------------------------------------------------------------------------
@@ -113,8 +114,7 @@ def answer_ids(encoding, problem, kept):
 
 def verify(problem, said):
     """(reward, right, well formed) of what a model said after its prompt, markers included: one
-    thought that is closed, then one digit, then the end of the turn.
-    """
+    thought that is closed, then one digit, then the end of the turn."""
     thought, closed, rest = said.partition(END_THINK)
     answer, ended, _ = rest.partition(END_TURN)
     formed = bool(closed and ended) and len(answer.strip()) == 1
@@ -128,13 +128,12 @@ def verify(problem, said):
 
 class Conversations:
     """Rows of problems with their answers, packed one after the other, and rows of text. Only what
-    the assistant says has labels. `position`, the rows taken so far, is the whole state.
-    """
+    the assistant says has labels. `position`, the rows taken so far, is the whole state."""
 
     def __init__(self, encoding, run, text, seq_len):
         self.encoding, self.run, self.seq_len, self.position = encoding, run, seq_len, 0
         self.text_rows = round(run.text_share * run.batch_size)
-        self.text = Batches(text, max(self.text_rows, 1), seq_len, run.seed)
+        self.text = Batches(text, self.text_rows, seq_len, run.seed) if self.text_rows else None
 
     def next(self):
         """(tokens, labels, seq_idx), int64 (b, seq_len), documents kept apart by seq_idx."""
@@ -142,14 +141,14 @@ class Conversations:
         for i in range(run.batch_size - self.text_rows):
             rng = np.random.default_rng((run.seed, self.position + i))
             rows.append(self.pack(rng, self.seq_len + 1))
-        self.text.position = self.position // run.batch_size * self.text_rows
-        self.position += run.batch_size
         ids, said, doc = (torch.tensor(m) for m in zip(*rows))
         batch = [ids[:, :-1], torch.where(said, ids, -100)[:, 1:], doc[:, :-1]]
-        if self.text_rows:
+        if self.text:
+            self.text.position = self.position // run.batch_size * self.text_rows
             tokens, labels, _ = self.text.next()
             more = tokens, labels, torch.zeros_like(tokens)
             batch = [torch.cat(pair) for pair in zip(batch, more)]
+        self.position += run.batch_size
         return batch
 
     def pack(self, rng, n):
@@ -197,8 +196,7 @@ def tokens_per_line(encoding):
 def accuracy(model, encoding, problems, budget=None):
     """The share of problems that are answered right with thoughts of `budget` lines (0: none, None:
     any), and the texts. Sampled as the paper does: thoughts at temperature 0.6 and top-p 0.95, else
-    greedy. A budget is in tokens: a thought is closed at the first newline after so many.
-    """
+    greedy. A budget is in tokens: a thought is closed at the first newline after so many."""
     longest, line = max(len(p.lines) for p in problems), tokens_per_line(encoding)
     tokens = -1 if budget is None else max((budget - 1) * line + 1, 0)
     settings = Settings(tokens=(longest + 2) * line + 8, temperature=0 if budget == 0 else 0.6,
@@ -233,7 +231,7 @@ def logps(model, tokens, labels):
     """Log-probabilities of the labels that are not below 0, in order: fp32 (n,)."""
     kept = labels >= 0
     h = model(tokens, head=False)[kept]                                     # (n, d)
-    logits = model.lm_head(h).float()                                       # (n, v)
+    logits = model.lm_head(h).to(accumulator(h))                            # (n, v)
     return logits.log_softmax(-1).gather(1, labels[kept][:, None])[:, 0]
 
 
@@ -245,8 +243,7 @@ def group_advantages(rewards, eps=1e-4):
 
 def grpo_loss(logp, old, advantage, clip, reference=None, beta=0.0):
     """The objective of the header for tokens (n,): their logp now, when they were sampled, their
-    sample's advantage, and their logp in the reference model, if beta is not 0.
-    """
+    sample's advantage, and their logp in the reference model, if beta is not 0."""
     rho = (logp - old).exp()
     gain = torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
     if beta:
@@ -257,8 +254,8 @@ def grpo_loss(logp, old, advantage, clip, reference=None, beta=0.0):
 
 class Rollouts:
     """Batches for GRPO: each rollout is sampled from the model as it is then, and learned from in
-    `updates` steps. notes["rollout"] holds the one in use, so that a checkpoint resumes within it.
-    """
+    `updates` steps. notes["rollout"] holds the one in use, so that a checkpoint resumes within
+    it."""
 
     def __init__(self, model, reference, encoding, run, notes):
         self.model, self.reference, self.encoding, self.run = model, reference, encoding, run

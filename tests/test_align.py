@@ -1,9 +1,11 @@
 """A thought that can be checked is rewarded for what it is: the task, its labels, the objective."""
 
+import collections
 import dataclasses
 import json
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -177,6 +179,50 @@ def test_the_objective_is_its_formula_with_its_gradient():
                  ["loss", "gradient"], 1e-12)
     without = grpo_loss(logp, old, advantage, clip)
     assert torch.autograd.grad(without, logp)[0][[1, 3]].tolist() == [0, 0]     # moved too far
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_loss_and_gradients_are_those_of_trl(beta):
+    """GRPOTrainer's own loss, the mean over the tokens of the batch ("bnpo" there), in fp64: groups
+    of answers of several lengths, ratios on both sides of the clip, every gradient."""
+    from trl import GRPOTrainer
+    torch.manual_seed(0)
+    config = HybridConfig(pattern="M*-", vocab_size=32, d_model=32, mlp_dim=32, n_heads=2,
+                          n_kv_heads=1, head_dim=16, mamba_heads=4, mamba_head_dim=8, d_state=8)
+    model, length, tokens = HybridLM(config).double(), 5, torch.randint(32, (8, 12))
+    said = torch.arange(12) < torch.tensor([6, 8, 12, 12, 7, 9, 10, 11])[:, None]
+    said[:, :length] = False
+    labels = torch.where(said, tokens, -100)[:, 1:]
+    advantages = group_advantages(torch.randn(2, 4).double()).flatten()
+    old, reference = (logps(model, tokens[:, :-1], labels).detach() + 0.3 * torch.randn(said.sum())
+                      for _ in range(2))
+    spread = lambda values: values.new_zeros(said.shape).masked_scatter(said, values)[:, length:]
+    each = advantages[:, None].expand(8, 11)[labels >= 0]
+    ours = grpo_loss(logps(model, tokens[:, :-1], labels), old, each, 0.2, reference, beta)
+    ours_by_name = torch.autograd.grad(ours, list(model.parameters()))
+
+    def per_token_logps(model, ids, mask, kept, **_):
+        all_logps = model(ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return all_logps[:, -kept:], torch.zeros(len(ids), kept), None
+    trainer = types.SimpleNamespace(
+        model=model, beta=beta, loss_type="bnpo", epsilon_low=0.2, epsilon_high=0.2,
+        importance_sampling_level="token", top_entropy_quantile=1.0, aux_loss_enabled=False,
+        off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None),
+        current_gradient_accumulation_steps=1, _metrics={"train": collections.defaultdict(list)},
+        accelerator=types.SimpleNamespace(reduce=lambda m, reduction: m, gather=lambda m: m),
+        _get_per_token_logps_and_entropies=per_token_logps)
+    mask = said.long()
+    theirs = GRPOTrainer._compute_loss(trainer, model, dict(
+        prompt_ids=tokens[:, :length], prompt_mask=torch.ones(8, length, dtype=torch.int64),
+        completion_ids=tokens[:, length:], completion_mask=mask[:, length:], advantages=advantages,
+        old_per_token_logps=spread(old), ref_per_token_logps=spread(reference)))
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    assert_close([ours.detach(), *ours_by_name],
+                 [theirs.detach(), *torch.autograd.grad(theirs, list(model.parameters()))], names,
+                 1e-9)
+    clipped = trainer._metrics["train"]
+    assert clipped["clip_ratio/low_mean"][0] > 0.05 and clipped["clip_ratio/high_mean"][0] > 0.05
 
 
 def test_logps_are_those_of_the_logits():
