@@ -1,0 +1,202 @@
+"""Alignment measured over seeds, and three shapes of model that learn the same task from nothing.
+
+    seeds    python align.py and python prune_distill.py once per seed, from one base: accuracy
+             after SFT, after GRPO and merged, by lines of thought; teacher, pruned and distilled
+    shapes   a hybrid, a transformer with rotary positions and a pure Mamba of equal parameters, on
+             equal tokens: accuracy by length of the problem with and without a thought, by lines of
+             thought, and tokens of thought per second when thoughts are long
+
+Tests are the same for all: problems that no seed is trained on. A share of n answers has a standard
+error of its own, sqrt(p (1 - p) / n), at most 2.5% for 400; what is printed is the spread of seeds.
+
+    python -m bench.align               both parts, resumable; 50 min on 2 cores
+    python -m bench.align --part shapes --seeds 1
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import statistics
+
+import numpy as np
+import torch
+
+import align
+import prune_distill
+import train_fp8
+from bench.infer import Measured, equal_transformer
+from common import check_flags, flag, read_rows, script, tune_cpu, write_json
+from data import encoding_from_json, make_tokenizer
+from infer import speed_up_decode
+from model import HybridConfig, HybridLM
+
+LENGTHS, LONGER = (2, 3, 4), (2, 3, 4, 6)       # operations of a problem: trained on, tested on
+TESTS = 400                                     # problems of each length
+CONTEXTS = (256, 1024, 4096, 16384)             # tokens before a thought's next one
+HYBRID = dict(pattern="M-M*-M-", d_model=128, mlp_dim=512, n_heads=4, n_kv_heads=2, head_dim=32,
+              mamba_heads=8, mamba_head_dim=32, n_groups=2, d_state=32)
+
+
+@dataclasses.dataclass
+class Run:
+    """Accuracy over seeds, and of three shapes of model. Goes on in --out where it stopped."""
+
+    part: str = flag("both", "both, seeds or shapes", choices=("both", "seeds", "shapes"))
+    seeds: int = flag(3, "runs of each kind", at_least=1)
+    base: str = flag("out/base", "run folder of train_fp8.py, for the seeds")
+    data: str = flag("stdlib", "its text")
+    steps: int = flag(400, "optimizer steps of each shape", at_least=1)
+    batch_size: int = flag(16, "rows per step of each shape", at_least=1)
+    lr: float = flag(3e-3, "peak learning rate of each shape", above=0)
+    out: str = flag("out/bench-align", "folder of the runs and of results.json")
+
+    def __post_init__(self):
+        check_flags(self)
+
+
+def mean_and_spread(values):
+    """dict(mean, deviation over seeds (None of one), each)."""
+    return dict(mean=statistics.mean(values), each=values,
+                deviation=statistics.stdev(values) if values[1:] else None)
+
+
+def show(name, values):
+    """One line of a table: shares in percent, or plain numbers above 1."""
+    row = mean_and_spread(values)
+    spread = "" if row["deviation"] is None else f" +- {row['deviation']:.1%}"
+    print(f"  {name:34s}{row['mean']:8.1%}{spread:9s}   " + " ".join(f"{v:.1%}" for v in values))
+    return row
+
+
+# ------------------------------------------------------------------------------------------------
+# Seeds
+
+
+def result_of(main, arguments, folder):
+    """What a script reports in its last line; a folder that has finished is only read."""
+    main([*arguments, "--out", str(folder)])
+    rows = read_rows(folder / "metrics.jsonl")
+    if not rows or "final" not in rows[-1]:
+        raise KeyboardInterrupt                 # stopped, resumable
+    return rows[-1]["final"]
+
+
+def measure_seeds(run):
+    """Tables of the pipeline's accuracies, one run per seed, all from one base."""
+    aligned, compressed = [], []
+    for seed in map(str, range(run.seeds)):
+        folder, shared = pathlib.Path(run.out) / f"seed-{seed}", ["--data", run.data, "--seed", seed]
+        aligned.append(result_of(align.main, ["--base", run.base, *shared], folder))
+        compressed.append(result_of(
+            prune_distill.main, ["--teacher", str(folder), "--no-scratch", *shared],
+            folder.with_name(f"seed-{seed}-compressed")))
+    column = lambda rows, key: [row[key] for row in rows]
+    print(f"\naccuracy, mean and standard deviation over {run.seeds} seeds, each seed")
+    table = {name: show(name, column(aligned, f"accuracy_{name}"))
+             for name in ("base", "sft", "rl", "merged")}
+    table["rl - sft"] = show("rl - sft", [a - b for a, b in zip(table["rl"]["each"],
+                                                                table["sft"]["each"])])
+    for lines in aligned[0]["accuracy_by_budget"]:
+        name = f"{lines} lines of thought"
+        table[name] = show(name, [row["accuracy_by_budget"][lines] for row in aligned])
+    for name in ("no_thought", "wrong_thought"):
+        table[name] = show(f"of the right answers: {name}", column(aligned, name))
+    for name in ("teacher", "pruned", "student"):
+        table[name] = show(name, column(compressed, f"{name}_accuracy"))
+    table["student / teacher"] = show("student / teacher", [
+        a / b for a, b in zip(table["student"]["each"], table["teacher"]["each"])])
+    for name in ("teacher", "pruned", "student"):
+        table[f"{name} loss"] = mean_and_spread(column(compressed, f"{name}_val_loss"))
+    return table
+
+
+# ------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def shapes(vocab_size):
+    """{name: configuration} of equal width and parameters."""
+    hybrid = HybridConfig(vocab_size=vocab_size, **HYBRID)
+    mamba = dataclasses.replace(hybrid, pattern=hybrid.pattern.replace("*", "M"), mlp_dim=1)
+    per_width = 2 * hybrid.d_model * mamba.pattern.count("-")       # parameters per unit of mlp_dim
+    width = 1 + (hybrid.n_params() - mamba.n_params()) // per_width
+    return {"hybrid": hybrid, "transformer": equal_transformer(hybrid),
+            "pure Mamba": dataclasses.replace(mamba, mlp_dim=width)}
+
+
+def learn(run, name, seed, tokenizer_json):
+    """One shape and seed, trained on the task alone: {(lines or "any", length): accuracy}."""
+    torch.set_num_threads(1)
+    tune_cpu()
+    torch.manual_seed(seed)
+    encoding = encoding_from_json(tokenizer_json)
+    model = HybridLM(shapes(-(-encoding.n_vocab // 16) * 16)[name])
+    task = align.Run(lengths=LENGTHS, text_share=0, batch_size=run.batch_size, seed=seed)
+    training = train_fp8.Run(recipe="none", steps=run.steps, batch_size=run.batch_size, lr=run.lr,
+                             seq_len=align.SEQ_LEN, warmup=0.05, decay=0.5, eval_every=run.steps)
+    rows = train_fp8.train(training, model, None,
+                           batches=align.Conversations(encoding, task, None, align.SEQ_LEN))
+    model, found = speed_up_decode(model.eval()), {}
+    for length in LONGER:
+        problems = align.draw_problems(np.random.default_rng(9), TESTS, [length], test=True)
+        budgets = [None, *range(length + 1)] if length == LENGTHS[-1] else [None, 0]
+        for lines in budgets:
+            key = f"{length} steps, {'any' if lines is None else lines} lines"
+            found[key] = align.accuracy(model, encoding, problems, lines)[0]
+    return dict(shape=name, seed=seed, loss=statistics.mean(r["loss"] for r in rows[-20:]),
+                accuracy=found)
+
+
+def measure_shapes(run):
+    """Train every shape with every seed, a process per core; then time long thoughts, alone."""
+    tokenizer_json = make_tokenizer("bytes", [], 0)
+    configs = shapes(-(-encoding_from_json(tokenizer_json).n_vocab // 16) * 16)
+    for name, config in configs.items():
+        print(f"{name:14s}{config.pattern:16s}{config.n_params():10,d} parameters")
+    done, folder = {}, pathlib.Path(run.out) / "shapes"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TQDM_DISABLE"] = "1"
+    with concurrent.futures.ProcessPoolExecutor(
+            os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for name, seed in itertools.product(configs, range(run.seeds)):
+            path = folder / f"{name.replace(' ', '-')}-{seed}-{run.steps}.json"
+            if path.exists():
+                done[name, seed] = json.loads(path.read_text())
+            else:
+                done[name, seed] = pool.submit(learn, run, name, seed, tokenizer_json)
+                done[name, seed].add_done_callback(lambda f, path=path: write_json(path, f.result()))
+        done = {key: job if isinstance(job, dict) else job.result() for key, job in done.items()}
+
+    table = {}
+    for name in configs:
+        mine = [done[name, seed] for seed in range(run.seeds)]
+        print(f"\n{name}: accuracy on {TESTS} problems, trained on {LENGTHS} operations")
+        table[name] = {key: show(key, [m["accuracy"][key] for m in mine])
+                       for key in mine[0]["accuracy"]}
+        table[name]["loss"] = mean_and_spread([m["loss"] for m in mine])
+    print(f"\n{tune_cpu()}; tokens of thought per second, 8 rows, after so many\n{'':14s}"
+          + "".join(f"{n:9d}" for n in CONTEXTS))
+    for name, config in configs.items():
+        model = speed_up_decode(HybridLM(config).eval())
+        table[name]["thought_tokens_per_s"] = speed = {
+            n: 8 / Measured(model, 8, n).decode for n in CONTEXTS}
+        print(f"{name:14s}" + "".join(f"{v:9.0f}" for v in speed.values()), flush=True)
+    return table
+
+
+@script(Run)
+def main(run):
+    result = {}
+    for part, measure in (("seeds", measure_seeds), ("shapes", measure_shapes)):
+        if run.part in ("both", part):
+            result[part] = measure(run)
+            write_json(pathlib.Path(run.out) / f"{part}.json", result[part])
+    return result
+
+
+if __name__ == "__main__":
+    main()
