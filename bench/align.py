@@ -89,7 +89,8 @@ def measure_seeds(run):
     """Tables of the pipeline's accuracies, one run per seed, all from one base."""
     aligned, compressed = [], []
     for seed in map(str, range(run.seeds)):
-        folder, shared = pathlib.Path(run.out) / f"seed-{seed}", ["--data", run.data, "--seed", seed]
+        folder = pathlib.Path(run.out) / f"seed-{seed}"
+        shared = ["--data", run.data, "--seed", seed]
         aligned.append(result_of(align.main, ["--base", run.base, *shared], folder))
         compressed.append(result_of(
             prune_distill.main, ["--teacher", str(folder), "--no-scratch", *shared],
@@ -168,7 +169,8 @@ def measure_shapes(run):
                 done[name, seed] = json.loads(path.read_text())
             else:
                 done[name, seed] = pool.submit(learn, run, name, seed, tokenizer_json)
-                done[name, seed].add_done_callback(lambda f, path=path: write_json(path, f.result()))
+                done[name, seed].add_done_callback(
+                    lambda job, path=path: write_json(path, job.result()))
         done = {key: job if isinstance(job, dict) else job.result() for key, job in done.items()}
 
     table = {}
