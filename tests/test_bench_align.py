@@ -1,0 +1,64 @@
+"""The tables of accuracies over seeds and shapes are what the runs report."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+
+from bench import align as bench
+from data import make_tokenizer
+from model import HybridLM
+
+
+def test_the_three_shapes_have_equal_parameters_width_and_depth():
+    sizes = {name: sum(p.numel() for p in HybridLM(config).parameters())
+             for name, config in bench.shapes(272).items()}
+    assert list(sizes) == ["hybrid", "transformer", "pure Mamba"]
+    assert max(sizes.values()) < 1.002 * min(sizes.values())
+    patterns = [config.pattern for config in bench.shapes(272).values()]
+    assert "*" in patterns[0] and "M" not in patterns[1] and "*" not in patterns[2]
+
+
+def test_a_shape_learns_the_task_alone_and_is_asked_every_length(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(bench, "TESTS", 2)
+    found = bench.learn(bench.Run(steps=2, batch_size=2), "pure Mamba", 0,
+                        make_tokenizer("bytes", [], 0))
+    torch.set_num_threads(threads)
+    assert (found["shape"], found["seed"]) == ("pure Mamba", 0) and found["loss"] > 0
+    asked = [f"{n} steps, {lines} lines" for n in (2, 3, 4, 6) for lines in ("any", 0)]
+    assert set(asked) | {f"4 steps, {i} lines" for i in range(5)} == set(found["accuracy"])
+
+
+@pytest.fixture
+def pretend_scripts(monkeypatch):
+    """Stand in for align.py and prune_distill.py: accuracies that follow from the seed."""
+    asked = []
+
+    def pretend(result):
+        def main(argv):
+            asked.append(argv)
+            out, seed = (argv[argv.index(name) + 1] for name in ("--out", "--seed"))
+            out, seed = pathlib.Path(out), int(seed)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "metrics.jsonl").write_text(json.dumps(dict(step=1, final=result(seed))) + "\n")
+        return main
+    monkeypatch.setattr(bench.align, "main", pretend(lambda seed: dict(
+        accuracy_base=0.0, accuracy_sft=0.8 + 0.01 * seed, accuracy_rl=0.9, accuracy_merged=0.9,
+        accuracy_by_budget={"0": 0.1, "1": 0.5}, no_thought=0.0, wrong_thought=0.02)))
+    monkeypatch.setattr(bench.prune_distill, "main", pretend(lambda seed: dict(
+        teacher_accuracy=0.9, pruned_accuracy=0.2, student_accuracy=0.9 - 0.09 * seed,
+        teacher_val_loss=4.0, pruned_val_loss=5.0, student_val_loss=4.1)))
+    return asked
+
+
+def test_seeds_are_paired_and_kept(pretend_scripts, tmp_path):
+    table = bench.measure_seeds(bench.Run(seeds=2, out=str(tmp_path)))
+    assert table["rl - sft"]["each"] == pytest.approx([0.1, 0.09])
+    assert table["sft"]["mean"] == pytest.approx(0.805)
+    assert table["sft"]["deviation"] == pytest.approx(0.01 / 2 ** 0.5)
+    assert table["student / teacher"]["each"] == pytest.approx([1.0, 0.9])
+    assert table["1 lines of thought"]["mean"] == 0.5 and table["pruned loss"]["each"] == [5.0, 5.0]
+    teachers = [argv[1] for argv in pretend_scripts if argv[0] == "--teacher"]
+    assert teachers == [str(tmp_path / "seed-0"), str(tmp_path / "seed-1")]
