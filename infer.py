@@ -100,8 +100,8 @@ def load_encoding(folder):
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(
-                f"{folder} has no {name}: run python train_fp8.py, or give --checkpoint a folder "
-                "with config.json, tokenizer.json and all *.safetensors of a Nemotron-H model")
+                f"{folder} has no {name}: run python train_fp8.py, or name a folder with "
+                "config.json, tokenizer.json and all *.safetensors of a Nemotron-H model")
     encoding = encoding_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     ours, entries = encoding.n_vocab, read_config(folder).vocab_size
     if ours > entries:

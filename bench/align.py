@@ -28,17 +28,16 @@ import torch
 import align
 import prune_distill
 import train_fp8
-from bench.infer import Measured, equal_transformer
+from bench.infer import Measured
+from bench.model import shapes
 from common import check_flags, flag, read_rows, script, tune_cpu, write_json
 from data import encoding_from_json, make_tokenizer
 from infer import speed_up_decode
-from model import HybridConfig, HybridLM
+from model import HybridLM
 
 LENGTHS, LONGER = (2, 3, 4), (2, 3, 4, 6)       # operations of a problem: trained on, tested on
 TESTS = 400                                     # problems of each length
 CONTEXTS = (256, 1024, 4096, 16384)             # tokens before a thought's next one
-HYBRID = dict(pattern="M-M*-M-", d_model=128, mlp_dim=512, n_heads=4, n_kv_heads=2, head_dim=32,
-              mamba_heads=8, mamba_head_dim=32, n_groups=2, d_state=32)
 
 
 @dataclasses.dataclass
@@ -117,16 +116,6 @@ def measure_seeds(run):
 
 # ------------------------------------------------------------------------------------------------
 # Shapes
-
-
-def shapes(vocab_size):
-    """{name: configuration} of equal width and parameters."""
-    hybrid = HybridConfig(vocab_size=vocab_size, **HYBRID)
-    mamba = dataclasses.replace(hybrid, pattern=hybrid.pattern.replace("*", "M"), mlp_dim=1)
-    per_width = 2 * hybrid.d_model * mamba.pattern.count("-")       # parameters per unit of mlp_dim
-    width = 1 + (hybrid.n_params() - mamba.n_params()) // per_width
-    return {"hybrid": hybrid, "transformer": equal_transformer(hybrid),
-            "pure Mamba": dataclasses.replace(mamba, mlp_dim=width)}
 
 
 def learn(run, name, seed, tokenizer_json):

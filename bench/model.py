@@ -3,7 +3,11 @@
 Each side runs in fresh processes, in turn, and medians are compared as ratios: `transformers` as it
 comes, and `transformers, tuned` with the CPU settings of this project (`common.tune_cpu`).
 
+--learn compares what three shapes of equal parameters learn from equal tokens of text: a hybrid, a
+transformer with rotary positions, a pure Mamba; one learning rate for all, several seeds.
+
     python -m bench.model               ratios for training, prefill and decode; 3 min
+    python -m bench.model --learn       validation loss by shape and seed; 10 min
     python -m bench.model --picture     out/model-PRESET.png: layers, parameters and FLOPs by type
 """
 
@@ -18,14 +22,19 @@ import tempfile
 import torch
 from matplotlib.figure import Figure
 
+import train_fp8
+from bench.infer import equal_transformer
 from bench.ssm import median_seconds
-from common import check_flags, flag, script, tune_cpu
+from common import check_flags, flag, script, tune_cpu, write_json
+from data import load_data
 from infer import decode_one, load_run_model, prefill
 from model import LAYER_NAMES, PRESETS, HybridConfig, HybridLM, save_hf
 
 CONFIG = HybridConfig(pattern="M-M-M*-M-M*-", vocab_size=4096, d_model=256, mlp_dim=1024, n_heads=4,
                       n_kv_heads=2, head_dim=64, mamba_heads=8, mamba_head_dim=64, n_groups=2,
                       d_state=64, chunk_size=64)
+HYBRID = dict(pattern="M-M*-M-", d_model=128, mlp_dim=512, n_heads=4, n_kv_heads=2, head_dim=32,
+              mamba_heads=8, mamba_head_dim=32, n_groups=2, d_state=32)
 SIDES = "this project", "transformers", "transformers, tuned"
 
 
@@ -103,6 +112,45 @@ def compare(batch=8, length=512, rounds=2):
     return dict(n_params=CONFIG.n_params(), tokens_per_s=median, ratios=ratios)
 
 
+def shapes(vocab_size):
+    """{name: configuration} of a hybrid, a transformer and a pure Mamba of equal width, depth and
+    parameters."""
+    hybrid = HybridConfig(vocab_size=vocab_size, **HYBRID)
+    mamba = dataclasses.replace(hybrid, pattern=hybrid.pattern.replace("*", "M"), mlp_dim=1)
+    per_unit = 2 * hybrid.d_model * mamba.pattern.count("-")        # parameters per unit of mlp_dim
+    width = 1 + (hybrid.n_params() - mamba.n_params()) // per_unit
+    return {"hybrid": hybrid, "transformer": equal_transformer(hybrid),
+            "pure Mamba": dataclasses.replace(mamba, mlp_dim=width)}
+
+
+def compare_learning(run):
+    """Validation loss on the standard library's text, nats per token, of each shape and seed."""
+    tune_cpu()
+    text, table = load_data(), {}
+    for name, config in shapes(text.vocab_size).items():
+        each = []
+        for seed in range(run.seeds):
+            torch.manual_seed(seed)
+            model = HybridLM(config)
+            training = train_fp8.Run(recipe="none", steps=run.steps, seed=seed,
+                                     eval_every=run.steps)
+            train_fp8.train(training, model, text)
+            each.append(train_fp8.evaluate(model, text.validation, 8, 256, limit=2 ** 16))
+            print(f"{name:14s} seed {seed}   {each[-1]:.4f} nats per token", flush=True)
+        table[name] = {"n_params": config.n_params(), "pattern": config.pattern, "corpus loss": dict(
+            mean=statistics.mean(each), each=each,
+            deviation=statistics.stdev(each) if each[1:] else None)}
+    tokens = run.steps * training.batch_size * training.seq_len
+    print(f"\nafter {tokens:,} tokens, mean and standard deviation over {run.seeds} seeds")
+    for name, row in table.items():
+        loss = row["corpus loss"]
+        spread = "" if loss["deviation"] is None else f" +- {loss['deviation']:.4f}"
+        print(f"{name:14s}{row['n_params']:12,d} parameters   {loss['mean']:.4f}{spread}")
+    pathlib.Path(run.out).mkdir(parents=True, exist_ok=True)
+    write_json(pathlib.Path(run.out) / "model_shapes.json", table)
+    return dict(tokens=tokens, table=table)
+
+
 def plot_architecture(config, path, context=8192):
     """The pattern as a strip of coloured layers; parameters and training FLOPs by type below."""
     colours = {"M": "#4c72b0", "*": "#c44e52", "-": "#b8b8b8", "head": "#55a868",
@@ -133,9 +181,12 @@ class Run:
     batch: int = flag(8, "sequences", at_least=1)
     length: int = flag(512, "tokens per sequence", at_least=1)
     rounds: int = flag(2, "processes per side", at_least=1)
+    learn: bool = flag(False, "compare what three shapes learn instead")
+    seeds: int = flag(3, "with --learn, runs per shape", at_least=1)
+    steps: int = flag(300, "with --learn, optimizer steps of 8 x 256 tokens", at_least=1)
     picture: bool = flag(False, "draw --preset instead")
     preset: str = flag("nemotron-nano-9b-v2", "what --picture draws", choices=PRESETS)
-    out: str = flag("out", "folder of the picture")
+    out: str = flag("out", "folder of the picture, and of model_shapes.json")
     side: str = flag("", "side, folder, batch and length: a process of the comparison", nargs=4)
 
     def __post_init__(self):
@@ -147,6 +198,8 @@ def main(run):
     if run.side:
         side, folder, batch, length = run.side
         return measure(side, folder, int(batch), int(length))
+    if run.learn:
+        return compare_learning(run)
     if run.picture:
         path = pathlib.Path(run.out) / f"model-{run.preset}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench import align as bench
-from data import make_tokenizer
+from bench import model as bench_model
+from data import load_data, make_tokenizer
 from model import HybridLM
 
 
@@ -62,3 +63,14 @@ def test_seeds_are_paired_and_kept(pretend_scripts, tmp_path):
     assert table["1 lines of thought"]["mean"] == 0.5 and table["pruned loss"]["each"] == [5.0, 5.0]
     teachers = [argv[1] for argv in pretend_scripts if argv[0] == "--teacher"]
     assert teachers == [str(tmp_path / "seed-0"), str(tmp_path / "seed-1")]
+
+
+def test_what_shapes_learn_from_a_text_is_kept(monkeypatch, text, tmp_path, capsys):
+    monkeypatch.setattr(bench_model, "load_data", lambda: load_data(str(text), "bytes"))
+    bench_model.main(["--learn", "--seeds", "2", "--steps", "1", "--out", str(tmp_path)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["table"] == json.loads((tmp_path / "model_shapes.json").read_text())
+    assert result["tokens"] == 2048 and len(result["table"]) == 3
+    for row in result["table"].values():
+        loss = row["corpus loss"]
+        assert len(set(loss["each"])) == 2 and loss["mean"] == pytest.approx(sum(loss["each"]) / 2)
