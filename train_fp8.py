@@ -3,19 +3,20 @@
 Why scale. An 8-bit float has 256 codes. E4M3 (4 bits of exponent, 3 of mantissa) reaches from 2^-9
 to 448, E5M2 from 2^-16 to 57344; a gradient of 1e-6 is zero in either. So a tensor is multiplied by
 scale = largest value of the format / its own largest magnitude (amax) and cast to 8 bits. A GEMM of
-two such tensors accumulates in fp32, and its result is divided by both scales. About 3 significant
-bits are kept whatever the magnitude: the signal to quantisation noise ratio (SQNR) is 31.5 dB for
-E4M3 and 25.6 dB for E5M2, 28.5 and 24.6 dB for a product. Training tolerates the sum of many such
-errors because they are random. --demo shows the two ways in which this fails.
+two such tensors accumulates in fp32, and its result is divided by both scales. E4M3 keeps 4
+significant bits and E5M2 3, whatever the magnitude: the signal to quantisation noise ratio (SQNR)
+is 31.5 and 25.6 dB, 28.5 and 24.6 dB for a product. Training tolerates the sum of many such errors
+because they are random. --demo shows the two ways in which this fails.
 
 The recipes. Both use current scaling: the amax of this very tensor, not of its history.
 
     nemotron-h  one scale per tensor; E4M3 weights and activations, E5M2 output gradients, which
-                need range more than precision. One token 30000 times as large as the others takes
-                the codes away from all of them. arXiv 2504.03624, section 2.4
+                need range more than precision. The exponent absorbs a token that is 3000 times as
+                large as the others; at 30000 the others lose their codes. arXiv 2504.03624, 2.4
     nano2       E4M3 throughout; one scale per 128 x 128 block of a weight and per 1 x 128 tile of
-                activations and gradients, so that range is needed within a tile only, and an
-                outlier harms its own 127 neighbours. arXiv 2508.14444, section 2, as in DeepSeek-V3
+                activations and gradients, so that an outlier can harm its own tile alone. Without
+                outliers nearly all of the gain, 4 dB in both gradients, is E4M3's. arXiv
+                2508.14444, section 2, as in DeepSeek-V3
 
 A linear layer has three GEMMs, y = x w^T, dx = g w and dw = g^T x, each from freshly quantised
 operands. High precision is kept for master weights, optimizer state, gradients between layers, the

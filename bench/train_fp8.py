@@ -138,7 +138,7 @@ def report_gaps(run, results):
     for name in list(RUNS)[1:]:
         each = [results[name, seed]["val_loss"] / b - 1 for seed, b in zip(seeds, base)]
         mean, error = statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
-        gap[name] = dict(mean=mean, standard_error=error)
+        gap[name] = dict(mean=mean, standard_error=error, each=each)
         print(f"{name:18s}{100 * mean:+18.3f}{100 * error:8.3f}   " + " ".join(
             f"{100 * e:+.3f}" for e in each) + "   inside the noise" * (abs(mean) <= 2 * error))
     print(f"\nthe same weights and batch with all linears in FP8, after {run.steps} steps without\n"

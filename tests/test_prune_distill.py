@@ -257,7 +257,7 @@ def test_layers_are_removed_one_by_one_with_costs_measured_again():
 # Search
 
 
-def test_the_papers_candidates_are_feasible_and_depth_alone_is_not():
+def test_the_papers_candidates_are_feasible_and_none_of_full_width():
     """Nano 2, section 4: three candidates of 8.92, 8.89 and 8.97 B at 19.66 GiB and 128k tokens."""
     config = HybridConfig.preset("nemotron-nano-12b-v2")
     run = Run(memory_gib=19.66, context=131072)
@@ -268,7 +268,9 @@ def test_the_papers_candidates_are_feasible_and_depth_alone_is_not():
                                 (4800, 14400, 120, 8.97)):
         candidate = found[56, 27, 4, d, f, heads]
         assert candidate.n_params() / 1e9 == pytest.approx(params, abs=0.005)
-    assert not any(key[3:] == (5120, 20480, 128) for key in found)
+    assert not any(key[3:] == (5120, 20480, 128) for key in found)      # of 52 to 62 layers
+    full_width = lambda m, f: request.needs(with_counts(config, {"M": m, "*": 4, "-": f}))
+    assert full_width(21, 19) < request.limit < full_width(23, 21)      # 44 layers would fit
     assert len(found) == 1096
     nano = HybridConfig.preset("nemotron-nano-9b-v2")
     judged = plan(nano, 131072, limit=request.limit)
