@@ -48,7 +48,7 @@ class Run:
     seeds: int = flag(3, "runs of each kind", at_least=1)
     base: str = flag("out/base", "run folder of train_fp8.py, for the seeds")
     data: str = flag("stdlib", "its text")
-    steps: int = flag(400, "optimizer steps of each shape", at_least=1)
+    steps: int = flag(300, "optimizer steps of each shape", at_least=1)
     batch_size: int = flag(16, "rows per step of each shape", at_least=1)
     lr: float = flag(3e-3, "peak learning rate of each shape", above=0)
     out: str = flag("out/bench-align", "folder of the runs and of results.json")
