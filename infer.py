@@ -202,7 +202,8 @@ def plan(config, context, batch=1, dtype=torch.bfloat16, prefill_chunk=0, limit=
                     logits=batch * config.vocab_size * (dtype.itemsize + 4))    # and in fp32
 
     fits = lambda *sizes: limit is None or sum(parts_of(*sizes).values()) <= limit
-    chunk, least = (min(prefill_chunk or n, context) for n in (1024, config.chunk_size))
+    first, least = (min(prefill_chunk or n, context) for n in (1024, config.chunk_size))
+    chunk = first
     while fits(context, batch, least) and not fits(context, batch, chunk):
         chunk = max(chunk // 2, least)
     parts = parts_of(context, batch, chunk)
@@ -214,9 +215,11 @@ def plan(config, context, batch=1, dtype=torch.bfloat16, prefill_chunk=0, limit=
             range(1, int(at_most) + 1), False, key=lambda n: not fits(n))
         unit, room = config.chunk_size, limit - parts["weights"]        # tokens, bytes
         units = largest(lambda n: fits(context, batch, n * unit), min(-(-context // unit), 64))
-        found["largest_prefill_chunk"] = min(units * unit, context)
+        whole = context <= 64 * unit and fits(context, batch, context)      # which needs no mask
+        found["largest_prefill_chunk"] = context if whole else min(units * unit, context)
         found["largest_batch"] = largest(
-            lambda n: fits(context, n, least), room * batch // parts["logits"])
+            lambda n: fits(context, n, least) or fits(context, n, first),
+            room * batch // parts["logits"])
         found["largest_context"] = None if not parts["kv"] else largest(
             lambda n: fits(n, batch, chunk), room * context // parts["kv"])
     return found

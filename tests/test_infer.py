@@ -908,6 +908,18 @@ def test_a_tokenizer_of_another_model_is_named(fails, run_folder, tmp_path, toke
                                                                    ["--checkpoint", str(tmp_path)])
 
 
+def test_a_prompt_that_is_run_whole_may_need_less_than_one_in_chunks():
+    """It needs no mask. The largest sizes agree with the verdict on each size."""
+    config = HybridConfig(pattern="*-", vocab_size=100, d_model=48, mlp_dim=256)
+    asked = [plan(config, 100, batch, torch.float32, limit=1_579_136) for batch in (1, 9, 10, 11)]
+    assert [found["fits"] for found in asked] == [True, True, True, False]
+    assert {found["largest_batch"] for found in asked} == {10}
+    config = HybridConfig(pattern="*-", vocab_size=100, d_model=8, n_heads=2, n_kv_heads=1,
+                          head_dim=4, mlp_dim=16, chunk_size=16)
+    found = plan(config, 1000, 1, torch.float32, limit=265_088)
+    assert found["fits"] and found["prefill_chunk"] == found["largest_prefill_chunk"] == 1000
+
+
 def test_the_plan_ends_in_its_parts(capsys):
     infer.main(["--plan", "--preset", "nemotron-nano-9b-v2", "--context", "131072", "--memory-gib",
                 "19.66", "--gpu", "a10g"])
