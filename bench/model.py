@@ -3,11 +3,14 @@
 Each side runs in fresh processes, in turn, and medians are compared as ratios: `transformers` as it
 comes, and `transformers, tuned` with the CPU settings of this project (`common.tune_cpu`).
 
---learn compares what three shapes of equal parameters learn from equal tokens of text: a hybrid, a
-transformer with rotary positions, a pure Mamba; one learning rate for all, several seeds.
+--learn compares what three shapes of equal parameters learn from equal tokens: a hybrid, a
+transformer with rotary positions, a pure Mamba; one learning rate for all, several seeds. One test
+is the loss on text. The other is multi-query associative recall (MQAR, Zoology, arXiv 2312.04927):
+a row of pairs, key and value, then the same keys in another order, each to be followed by its
+value. Training has 8 pairs of 32 keys, tests have up to all 32.
 
     python -m bench.model               ratios for training, prefill and decode; 3 min
-    python -m bench.model --learn       validation loss by shape and seed; 10 min
+    python -m bench.model --learn       loss and recall by shape and seed; 25 min
     python -m bench.model --picture     out/model-PRESET.png: layers, parameters and FLOPs by type
 """
 
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -35,6 +39,9 @@ CONFIG = HybridConfig(pattern="M-M-M*-M-M*-", vocab_size=4096, d_model=256, mlp_
                       d_state=64, chunk_size=64)
 HYBRID = dict(pattern="M-M*-M-", d_model=128, mlp_dim=512, n_heads=4, n_kv_heads=2, head_dim=32,
               mamba_heads=8, mamba_head_dim=32, n_groups=2, d_state=32)
+SMALL = dict(pattern="M-*-M-", d_model=64, mlp_dim=128, n_heads=4, n_kv_heads=4, head_dim=16,
+             mamba_heads=4, mamba_head_dim=32, n_groups=1, d_state=16)
+KEYS, TRAINED, ASKED = 32, 8, (4, 8, 16, 32)    # of recall: keys; pairs in training, in tests
 SIDES = "this project", "transformers", "transformers, tuned"
 
 
@@ -112,10 +119,10 @@ def compare(batch=8, length=512, rounds=2):
     return dict(n_params=CONFIG.n_params(), tokens_per_s=median, ratios=ratios)
 
 
-def shapes(vocab_size):
-    """{name: configuration} of a hybrid, a transformer and a pure Mamba of equal width, depth and
+def shapes(vocab_size, base=HYBRID):
+    """{name: configuration} of a hybrid, a transformer and a pure Mamba of equal width and
     parameters."""
-    hybrid = HybridConfig(vocab_size=vocab_size, **HYBRID)
+    hybrid = HybridConfig(vocab_size=vocab_size, **base)
     mamba = dataclasses.replace(hybrid, pattern=hybrid.pattern.replace("*", "M"), mlp_dim=1)
     per_unit = 2 * hybrid.d_model * mamba.pattern.count("-")        # parameters per unit of mlp_dim
     width = 1 + (hybrid.n_params() - mamba.n_params()) // per_unit
@@ -123,32 +130,71 @@ def shapes(vocab_size):
             "pure Mamba": dataclasses.replace(mamba, mlp_dim=width)}
 
 
+class RecallBatches:
+    """Rows of pairs and questions, from a seed; `position`, the rows taken, is the whole state."""
+
+    def __init__(self, pairs, rows, seed):
+        self.pairs, self.rows, self.seed, self.position = pairs, rows, seed, 0
+
+    def next(self):
+        """tokens and labels int64 (rows, 4 pairs): only the values that are asked for have one."""
+        rng = np.random.default_rng((self.seed, self.position))
+        self.position += self.rows
+        keys = rng.random((self.rows, KEYS)).argsort(1)[:, :self.pairs]
+        told = np.stack([keys, KEYS + rng.integers(KEYS, size=keys.shape)], 2)
+        order = rng.random(keys.shape).argsort(1)[..., None]
+        asked = np.take_along_axis(told, order, 1)
+        tokens = torch.from_numpy(np.concatenate([told, asked], 1).reshape(self.rows, -1))
+        labels = torch.full_like(tokens, -100)
+        labels[:, 2 * self.pairs::2] = tokens[:, 2 * self.pairs + 1::2]
+        return tokens, labels, None
+
+
+def learn_recall(config, seed, steps):
+    """{pairs: share of the values that are recalled} of a model trained on TRAINED pairs."""
+    torch.manual_seed(seed)
+    model, found = HybridLM(config), {}
+    training = train_fp8.Run(recipe="none", steps=steps, batch_size=64, seq_len=4 * TRAINED,
+                             lr=1e-2, warmup=0.1, eval_every=steps)
+    train_fp8.train(training, model, None, batches=RecallBatches(TRAINED, 64, seed))
+    for pairs in ASKED:
+        tokens, labels, _ = RecallBatches(pairs, 256, 10 ** 6).next()
+        with torch.no_grad():
+            said = model(tokens).argmax(-1)
+        found[pairs] = (said == labels)[labels >= 0].double().mean().item()
+    return found
+
+
+def learn_text(run, config, seed, text):
+    """Validation loss in nats per token."""
+    torch.manual_seed(seed)
+    model = HybridLM(config)
+    training = train_fp8.Run(recipe="none", steps=run.steps, seed=seed, eval_every=run.steps)
+    train_fp8.train(training, model, text)
+    return train_fp8.evaluate(model, text.validation, 8, 256, limit=2 ** 16)
+
+
 def compare_learning(run):
-    """Validation loss on the standard library's text, nats per token, of each shape and seed."""
+    """Loss on the standard library's text, and recall, of each shape and seed."""
     tune_cpu()
     text, table = load_data(), {}
+    small = shapes(2 * KEYS, SMALL)
+    summary = lambda each: dict(mean=statistics.mean(each), each=each,
+                                deviation=statistics.stdev(each) if each[1:] else None)
     for name, config in shapes(text.vocab_size).items():
-        each = []
+        losses, recalls = [], []
         for seed in range(run.seeds):
-            torch.manual_seed(seed)
-            model = HybridLM(config)
-            training = train_fp8.Run(recipe="none", steps=run.steps, seed=seed,
-                                     eval_every=run.steps)
-            train_fp8.train(training, model, text)
-            each.append(train_fp8.evaluate(model, text.validation, 8, 256, limit=2 ** 16))
-            print(f"{name:14s} seed {seed}   {each[-1]:.4f} nats per token", flush=True)
-        table[name] = {"n_params": config.n_params(), "pattern": config.pattern, "corpus loss": dict(
-            mean=statistics.mean(each), each=each,
-            deviation=statistics.stdev(each) if each[1:] else None)}
-    tokens = run.steps * training.batch_size * training.seq_len
-    print(f"\nafter {tokens:,} tokens, mean and standard deviation over {run.seeds} seeds")
-    for name, row in table.items():
-        loss = row["corpus loss"]
-        spread = "" if loss["deviation"] is None else f" +- {loss['deviation']:.4f}"
-        print(f"{name:14s}{row['n_params']:12,d} parameters   {loss['mean']:.4f}{spread}")
+            losses.append(learn_text(run, config, seed, text))
+            recalls.append(learn_recall(small[name], seed, run.recall_steps))
+            print(f"{name:14s} seed {seed}   {losses[-1]:.4f} nats per token   recalled "
+                  + ", ".join(f"{n} pairs {v:.1%}" for n, v in recalls[-1].items()), flush=True)
+        table[name] = {"n_params": config.n_params(), "pattern": config.pattern,
+                       "corpus loss": summary(losses), "recall n_params": small[name].n_params(),
+                       "recall pattern": small[name].pattern}
+        table[name] |= {f"recall, {n} pairs": summary([r[n] for r in recalls]) for n in ASKED}
     pathlib.Path(run.out).mkdir(parents=True, exist_ok=True)
     write_json(pathlib.Path(run.out) / "model_shapes.json", table)
-    return dict(tokens=tokens, table=table)
+    return dict(tokens=2048 * run.steps, table=table)
 
 
 def plot_architecture(config, path, context=8192):
@@ -183,7 +229,8 @@ class Run:
     rounds: int = flag(2, "processes per side", at_least=1)
     learn: bool = flag(False, "compare what three shapes learn instead")
     seeds: int = flag(3, "with --learn, runs per shape", at_least=1)
-    steps: int = flag(300, "with --learn, optimizer steps of 8 x 256 tokens", at_least=1)
+    steps: int = flag(300, "with --learn, steps on text, 8 x 256 tokens each", at_least=1)
+    recall_steps: int = flag(1500, "with --learn, steps on recall, 64 rows each", at_least=1)
     picture: bool = flag(False, "draw --preset instead")
     preset: str = flag("nemotron-nano-9b-v2", "what --picture draws", choices=PRESETS)
     out: str = flag("out", "folder of the picture, and of model_shapes.json")

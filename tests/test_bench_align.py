@@ -67,10 +67,24 @@ def test_seeds_are_paired_and_kept(pretend_scripts, tmp_path):
 
 def test_what_shapes_learn_from_a_text_is_kept(monkeypatch, text, tmp_path, capsys):
     monkeypatch.setattr(bench_model, "load_data", lambda: load_data(str(text), "bytes"))
-    bench_model.main(["--learn", "--seeds", "2", "--steps", "1", "--out", str(tmp_path)])
+    bench_model.main(["--learn", "--seeds", "2", "--steps", "1", "--recall-steps", "1", "--out",
+                      str(tmp_path)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["table"] == json.loads((tmp_path / "model_shapes.json").read_text())
     assert result["tokens"] == 2048 and len(result["table"]) == 3
     for row in result["table"].values():
         loss = row["corpus loss"]
         assert len(set(loss["each"])) == 2 and loss["mean"] == pytest.approx(sum(loss["each"]) / 2)
+        assert all(0 <= row[f"recall, {n} pairs"]["mean"] < 0.3 for n in bench_model.ASKED)
+
+
+def test_recall_asks_every_key_once_and_its_value_is_what_was_told():
+    tokens, labels, _ = bench_model.RecallBatches(5, 3, 0).next()
+    again = bench_model.RecallBatches(5, 3, 0)
+    assert tokens.shape == labels.shape == (3, 20) and torch.equal(again.next()[0], tokens)
+    assert not torch.equal(again.next()[0], tokens)
+    for row, said in zip(tokens.tolist(), labels.tolist()):
+        told = dict(zip(row[:10:2], row[1:10:2]))
+        assert len(told) == 5 and set(row[10::2]) == set(told) and max(told) < 32
+        assert said[10::2] == [told[key] for key in row[10::2]]         # at the key: the next token
+        assert said[:10] + said[11::2] == [-100] * 15
