@@ -51,7 +51,7 @@ class Run:
     steps: int = flag(300, "optimizer steps of each shape", at_least=1)
     batch_size: int = flag(16, "rows per step of each shape", at_least=1)
     lr: float = flag(3e-3, "peak learning rate of each shape", above=0)
-    out: str = flag("out/bench-align", "folder of the runs and of results.json")
+    out: str = flag("out/bench-align", "folder of the runs, seeds.json and shapes.json")
 
     def __post_init__(self):
         check_flags(self)
@@ -64,7 +64,7 @@ def mean_and_spread(values):
 
 
 def show(name, values):
-    """One line of a table: shares in percent, or plain numbers above 1."""
+    """Print one line of a table of shares, in percent; returns its mean and spread."""
     row = mean_and_spread(values)
     spread = "" if row["deviation"] is None else f" +- {row['deviation']:.1%}"
     print(f"  {name:34s}{row['mean']:8.1%}{spread:9s}   " + " ".join(f"{v:.1%}" for v in values))
@@ -119,7 +119,8 @@ def measure_seeds(run):
 
 
 def learn(run, name, seed, tokenizer_json):
-    """One shape and seed, trained on the task alone: {(lines or "any", length): accuracy}."""
+    """One shape and seed, trained on the task alone: its last loss, its accuracy by length and
+    budget."""
     torch.set_num_threads(1)
     tune_cpu()
     torch.manual_seed(seed)

@@ -10,9 +10,9 @@
     decode     a decode step of the 9B, and its model bandwidth utilisation (MBU)
     scenario   8k tokens in, 16k out, in 21.06 GiB: the 9B against Qwen3-8B's shape
 
-Sections run in this order until the time is over; one that fails, or for which no time is left,
-says so in its row and does not stop the others. Without a CUDA GPU the same code runs on tiny
-sizes: a dry run, to test it. Its figures mean nothing.
+Sections run in this order until the time is over, which is looked at after each row. One that
+fails, or for which no time is left, says so in its row and does not stop the others. Without a CUDA
+GPU the same code runs on tiny sizes: a dry run, to test it. Its figures mean nothing.
 
     python -m bench.gpu                       on one GPU; on a CPU dry, 1 min
     python -m bench.gpu --sections scan fp8
@@ -197,7 +197,7 @@ class Run:
     """Measure what only a GPU shows; a dry run on a CPU."""
 
     sections: tuple[str, ...] = flag(tuple(SECTIONS), "of " + ", ".join(SECTIONS), nargs="+")
-    minutes: float = flag(9.0, "after which no section is begun", above=0)
+    minutes: float = flag(9.0, "after which nothing more is measured", above=0)
 
     def __post_init__(self):
         check_flags(self)
@@ -216,6 +216,8 @@ def main(run):
                 raise TimeoutError("no time left: not measured")
             for row in SECTIONS[name](machine):
                 rows.append(row)
+                if time.perf_counter() - start > 60 * run.minutes:
+                    raise TimeoutError("no time left for what follows")
         except Exception as error:          # whatever it is, the other sections go on
             rows.append(("failed", str(error).splitlines()[0] if str(error) else repr(error), ""))
         if not machine.dry:

@@ -34,5 +34,21 @@ def test_a_section_that_fails_or_has_no_time_left_does_not_stop_the_others(capsy
     assert result["fp8"] == [["failed", "no time left: not measured", ""]]
 
 
+def test_a_section_is_left_when_the_time_is_over(capsys, monkeypatch):
+    now = [0.0]
+
+    def slow(machine):
+        yield "first", 1.0, "us"
+        now[0] = 1000.0
+        yield "second", 2.0, "us"
+        yield "third", 3.0, "us"
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+    monkeypatch.setitem(gpu.SECTIONS, "scan", slow)
+    gpu.main(["--sections", "scan", "fp8"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["sections"]
+    assert [row[0] for row in result["scan"]] == ["first", "second", "failed"]
+    assert result["fp8"] == [["failed", "no time left: not measured", ""]]
+
+
 def test_an_unknown_section_is_named(fails):
     assert "--sections has 'scans', must be of tests" in fails(gpu.main, ["--sections", "scans"])
