@@ -799,7 +799,7 @@ def main(run):
         return show_plan(run)
     newest = next((path for path in PIPELINE if (path / "config.json").exists()), PIPELINE[-1])
     folder, prompts = pathlib.Path(run.checkpoint or newest), list(run.prompt)
-    once = not run.chat and not prompts and is_aligned(folder)
+    once = not (run.chat or prompts or run.samples > 1) and is_aligned(folder)
     if once:            # by default a model that was taught a task shows how it works one out
         run, prompts = dataclasses.replace(run, chat=True), [DEFAULT_PROBLEM]
         print(f"{DEFAULT_PROBLEM} in {folder}, as --chat --prompt {DEFAULT_PROBLEM}:")

@@ -957,6 +957,8 @@ def test_a_model_that_was_taught_a_task_shows_it_without_being_asked(run_folder,
     infer.main(argv)
     out = capsys.readouterr().out
     assert out.startswith("7*3-4+8 in") and len(json.loads(out.splitlines()[-1])["text"]) == 1
+    infer.main([*argv[:-2], "--samples", "2"])              # several samples continue a text
+    assert infer.DEFAULT_PROMPT in capsys.readouterr().out
     (folder / "metrics.jsonl").write_text(json.dumps(dict(final=dict(student_accuracy=None))))
     infer.main(argv[:-2])
     assert infer.DEFAULT_PROMPT in capsys.readouterr().out
