@@ -22,10 +22,11 @@ and make what was better than its group's mean more likely:
     loss = -mean over tokens of min(rho A, clip(rho, 1 - e, 1 + e) A)
            + beta KL(pi || pi_ref),               k3 = exp(d) - d - 1 with d = log pi_ref - log pi
 
-There is no value network: the group's mean is the baseline. Clipping takes the gradient away from a
-token that has moved far enough. The mean is over all tokens of the batch (as in DAPO, arXiv
-2503.14476); a mean per sample first would favour long wrong answers (Dr. GRPO, arXiv 2503.20783).
-beta is 0 by default, as there. The reward is 1 for the right answer and a tenth for the form. The
+There is no value network: the group's mean is the baseline. Groups whose answers all earn the same
+have advantage 0 and are left out. Clipping takes the gradient away from a token that has moved far
+enough. The mean is over all tokens of the batch (both as in DAPO, arXiv 2503.14476); a mean per
+sample first would favour long wrong answers (Dr. GRPO, arXiv 2503.20783). beta is 0 by default, as
+there. The reward is 1 for the right answer and a tenth for the form. The
 last step is the paper's: the mean of the weights before and after RL.
 
 Glossary: as in model.py. rollout: groups of samples that are learned from | group: the samples of
@@ -268,7 +269,8 @@ class Rollouts:
         if self.notes.get("number") != number:
             self.notes.update(number=number, rollout=self.sample(number))
         self.position += rows // run.updates
-        return [m[start:self.position - number * rows] for m in self.notes["rollout"]]
+        part = start * run.updates // rows
+        return [m.tensor_split(run.updates)[part] for m in self.notes["rollout"]]
 
     @torch.no_grad()
     def sample(self, number):
@@ -285,12 +287,15 @@ class Rollouts:
         advantages = group_advantages(rewards).flatten()
         self.notes.setdefault("right", []).append(sum(s[1] for s in scores) / len(scores))
 
-        # In an order that spreads each group over the updates; padding has no labels.
-        longest, order = max(len(p) + len(said) for p, said, _ in answers), rng.permutation(
-            len(answers))
-        tokens = torch.zeros(len(answers), longest, dtype=torch.int64)
+        # Groups that disagree, in an order that spreads each over the updates. Where all answers
+        # earn the same nothing can be learned. Padding has no labels.
+        differ = (rewards.amax(1) > rewards.amin(1)).repeat_interleave(run.samples)
+        order = sorted(rng.permutation(len(answers)).tolist(), key=lambda i: not differ[i])
+        order = order[:max(int(differ.sum()), run.updates)]
+        longest = max(len(answers[i][0]) + len(answers[i][1]) for i in order)
+        tokens = torch.zeros(len(order), longest, dtype=torch.int64)
         labels, extra = torch.full_like(tokens, -100), torch.zeros(*tokens.shape, 3)
-        for row, i in enumerate(order.tolist()):
+        for row, i in enumerate(order):
             prompt, said, _ = answers[i]
             ids = torch.tensor([*prompt, *said])
             tokens[row, :len(ids) - 1], labels[row, len(prompt) - 1:len(ids) - 1] = \
@@ -335,7 +340,7 @@ class Run:
     cut: float = flag(0.3, "of the conversations: a thought cut short", at_least=0, at_most=1)
     lr: float = flag(3e-3, "peak learning rate of SFT", above=0)
     rl_lr: float = flag(1e-4, "peak learning rate of GRPO", above=0)
-    problems: int = flag(24, "groups per rollout", at_least=1)
+    problems: int = flag(24, "groups sampled per rollout", at_least=1)
     samples: int = flag(8, "answers per group", at_least=2)
     updates: int = flag(2, "steps on each rollout", at_least=1)
     clip: float = flag(0.2, "largest change of a ratio that is rewarded", above=0, at_most=1)
@@ -367,10 +372,10 @@ class Run:
         if stage == "sft":
             return train_fp8.Run(steps=self.sft_steps, batch_size=self.batch_size, lr=self.lr,
                                  out=str(pathlib.Path(self.out) / "sft"), warmup=0.05, decay=0.5,
-                                 eval_every=-(-self.sft_steps // 3), **common)
+                                 eval_every=self.sft_steps, **common)
         return train_fp8.Run(steps=self.rl_steps, lr=self.rl_lr, out=self.out, warmup=0.0,
                              batch_size=self.problems * self.samples // self.updates, decay=0.5,
-                             eval_every=-(-self.rl_steps // 3), **common)
+                             eval_every=self.rl_steps, **common)
 
 
 def load_start(run, folder, state):

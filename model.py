@@ -210,25 +210,22 @@ class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of h W^T in blocks of tokens: the (tokens, v) logits never exist at once.
 
     The gradient, softmax - one_hot, is computed while a block's logits exist, so nothing is
-    computed twice. Labels below 0 are left out of the mean."""
+    computed twice."""
 
     @staticmethod
     def forward(ctx, h, weight, labels, block, want_grad):
-        accum_dtype = accumulator(h)
+        accum_dtype, count = accumulator(h), max(len(h), 1)
         dh = torch.empty_like(h) if want_grad else None
         dweight = torch.zeros_like(weight, dtype=accum_dtype) if want_grad else None
         w, total = weight.to(h.dtype), h.new_zeros((), dtype=accum_dtype)
-        count = (labels >= 0).sum().clamp(min=1)
         for i in range(0, len(h), block):
             rows, label = h[i:i + block], labels[i:i + block, None]
-            kept = label >= 0
             logits = (rows @ w.t()).to(accum_dtype)                         # (block, v)
             norm = logits.logsumexp(-1, keepdim=True)
-            total += ((norm - logits.gather(1, label.clamp(min=0))) * kept).sum()
+            total += (norm - logits.gather(1, label)).sum()
             if want_grad:
                 d = logits.sub_(norm).exp_()
-                d.scatter_add_(1, label.clamp(min=0), d.new_full(label.shape, -1.0))
-                d = d.mul_(kept.to(accum_dtype) / count).to(h.dtype)
+                d = d.scatter_add_(1, label, d.new_full(label.shape, -1.0)).div_(count).to(h.dtype)
                 dh[i:i + block] = d @ w
                 dweight += d.t() @ rows
         ctx.save_for_backward(dh, dweight)
@@ -242,18 +239,23 @@ class _CrossEntropy(torch.autograd.Function):
         return dh * g.to(dh.dtype), (dweight * g).to(ctx.dtype), None, None, None
 
 
-def check_labels(labels, vocab_size):
-    """Raises ValueError for labels beyond the vocabulary. (On CUDA the kernel stops at them.)"""
-    if labels.numel() and labels.device.type not in ("cuda", "meta") and labels.max() >= vocab_size:
+def labelled(labels, vocab_size):
+    """Where labels (tokens,) are not below 0: int64 (n,). Raises ValueError for labels beyond the
+    vocabulary. (On CUDA the kernel stops at them; on the meta device all are taken for labels.)"""
+    if labels.is_meta:
+        return torch.arange(len(labels), device="meta")
+    if labels.numel() and not labels.is_cuda and labels.max() >= vocab_size:
         raise ValueError(f"labels reach {labels.max()}, the vocabulary is 0 to {vocab_size - 1}; "
                          "one that is to be left out is below 0")
+    return (labels >= 0).nonzero()[:, 0]
 
 
 def cross_entropy(h, weight, labels, block=1024):
     """Mean -log softmax(h W^T)[label] in nats; h (tokens, d), weight (v, d), labels (tokens,), of
     which those below 0 are left out. Raises ValueError for labels beyond the vocabulary, and
     RuntimeError for second derivatives, as kd_loss, Float8Linear and ssd_chunked do."""
-    check_labels(labels, len(weight))
+    kept = labelled(labels, len(weight))
+    h, labels = h[kept], labels[kept]
     want_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return _CrossEntropy.apply(h, weight, labels, block, want_grad)
 

@@ -76,7 +76,7 @@ from common import (GIB, check_flags, flag, pick_device, pick_dtype, rank_and_si
                     script, settings_of, start_processes)
 from data import Batches, load_data
 from infer import load_run, workspace_bytes
-from model import HybridConfig, HybridLM, check_labels, set_parameter
+from model import HybridConfig, HybridLM, labelled, set_parameter
 from ssm import accumulator, first_derivatives_only
 from train_fp8 import Job, check_memory, evaluate, shard, train, train_in_folder
 
@@ -362,8 +362,7 @@ def kd_loss(h, weight, teacher_h, teacher_weight, labels=None, block=256):
         raise ValueError(f"the student's vocabulary has {len(weight)} entries, the teacher's "
                          f"{len(teacher_weight)}: distillation compares entry with entry")
     if labels is not None:
-        check_labels(labels, len(weight))
-        kept = labels >= 0
+        kept = labelled(labels, len(weight))
         h, teacher_h = h[kept], teacher_h[kept]
     want_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return _KLDivergence.apply(h, weight, teacher_h.detach(), teacher_weight.detach(), block,

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -236,10 +237,17 @@ def test_logps_are_those_of_the_logits():
     assert_close([logps(model, tokens, labels)], [truth[labels >= 0]], ["logps"], 1e-6)
 
 
-def test_a_rollout_holds_what_was_said_and_how_likely_it_was(base):
+def reward_in_turn(monkeypatch, rewards):
+    """Let the verifier hand out these rewards, whatever was said."""
+    turn = itertools.cycle(rewards)
+    monkeypatch.setattr(align, "verify", lambda problem, said: (next(turn), True, True))
+
+
+def test_a_rollout_holds_what_was_said_and_how_likely_it_was(base, monkeypatch):
     """In the first update every ratio is 1; padding has no labels; both updates see other rows."""
     model, encoding = load_run(base)
     run = Run(lengths=(1, 2), problems=2, samples=4, updates=2, kl=0.1)
+    reward_in_turn(monkeypatch, [0.0, 1.1])
     rollouts = Rollouts(model, model, encoding, run, {})
     seen = [rollouts.next(), rollouts.next()]
     assert rollouts.position == 8 and rollouts.notes["number"] == 0
@@ -255,6 +263,24 @@ def test_a_rollout_holds_what_was_said_and_how_likely_it_was(base):
     assert not first & second
     rollouts.next()
     assert rollouts.notes["number"] == 1 and len(rollouts.notes["right"]) == 2
+
+
+def test_groups_that_agree_are_left_out(base, monkeypatch):
+    """Their advantages are 0. If all agree, each update still has one row, which moves nothing."""
+    model, encoding = load_run(base)
+    run = Run(lengths=(1, 2), problems=3, samples=4, updates=2)
+    reward_in_turn(monkeypatch, [1.1] * 4 + [0.0, 1.1, 0.1, 0.0] + [0.1] * 4)
+    rollouts = Rollouts(model, None, encoding, run, {})
+    seen = [rollouts.next(), rollouts.next()]
+    assert [len(tokens) for tokens, _, _ in seen] == [2, 2] and rollouts.position == 12
+    advantages = torch.cat([extra[:, 0, 0] for _, _, extra in seen])
+    truth = group_advantages(torch.tensor([[0.0, 1.1, 0.1, 0.0]]))[0]
+    assert_close([advantages.sort()[0]], [truth.sort()[0]], ["advantages"], 1e-6)
+
+    reward_in_turn(monkeypatch, [1.1])
+    seen = [rollouts.next(), rollouts.next()]
+    assert [len(tokens) for tokens, _, _ in seen] == [1, 1]
+    assert not any(extra[..., 0].abs().max() > 1e-2 for _, _, extra in seen)
 
 
 def test_reward_moves_the_model_to_what_is_rewarded(base, monkeypatch):
