@@ -1,8 +1,8 @@
-"""Text to batches: a corpus that is there, a BPE tokenizer, packed windows, exact resume.
+"""From text to batches: a default corpus, a BPE tokenizer, packed windows, exact resume.
 
-The default corpus is the Python standard library's own sources and its documentation topics: code,
-comments and prose, from which a small language model visibly learns, without a download. A run
-keeps the corpus's fingerprint, since another Python is another text.
+The default corpus needs no download: the sources and documentation topics of the Python standard
+library, from which a small language model visibly learns. A run records the corpus's fingerprint,
+since the text changes with the version of Python.
 
     corpus      --data stdlib | FILE | DIR: .txt .md .py are documents, .jsonl has one per line
                 --data DIR of token shards: what --write-shards wrote, memory-mapped
@@ -10,11 +10,10 @@ keeps the corpus's fingerprint, since another Python is another text.
     tokenizer   --tokenizer bpe | bytes | FILE: bpe trains a byte-level BPE on the training
                 documents in a second; FILE is any byte-level tokenizer.json, Nemotron's too
     packing     separator, document, separator, document ... in windows of seq_len + 1 tokens
-    order       a permutation of the windows per epoch, computed from (seed, epoch, position): the
-                number of windows taken is the whole state of the sampler
+    order       a permutation of the windows per epoch, computed from (seed, epoch): see `Batches`
 
 Bits/byte = nats per token x tokens / ln 2 / bytes of text. Unlike nats per token it does not depend
-on the tokenizer, and it compares with xz.
+on the tokenizer, and it can be compared with xz.
 
 Left out: mixtures of sources, streaming from object stores, cleaning and deduplication.
 
@@ -50,19 +49,19 @@ STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "encodings", "idlelib", "lib2to
 
 
 def stdlib_documents():
-    """[(path, text)] of the standard library without tests and code tables; pydoc's topics."""
+    """[(path, text)] of pydoc's topics and the standard library without tests and code tables."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
     documents = [(path.as_posix(), (root / path).read_text(encoding="utf-8", errors="replace"))
                  for path in paths if not STDLIB_LEFT_OUT.intersection(path.parts)]
     documents += [(f"pydoc_data/topics/{name}", text) for name, text in topics.items()]
     if sum(len(text) for _, text in documents) < 10 ** 6:
-        raise ValueError(f"{root} holds hardly any Python sources: name a --data FILE or DIR")
+        raise ValueError(f"{root} has almost no Python sources: give --data FILE or DIR")
     return documents
 
 
 def read_text(path):
-    """[(name, text)] of one file, a .jsonl by lines. Raises ValueError if it is not UTF-8 text."""
+    """[(name, text)] of a file, per line of a .jsonl. Raises ValueError if it is not UTF-8 text."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,8 +82,8 @@ def read_text(path):
 
 
 def files_below(folder, seen):
-    """The files in a folder and its subfolders that are not hidden. Links are followed, a folder
-    that is there twice is read once. seen: the folders so far."""
+    """Yield the files below a folder, also through links, but none that is hidden. seen: folders
+    that were read, as a folder that can be reached twice is read once."""
     for path in () if folder.resolve() in seen else sorted(folder.iterdir()):
         seen.add(folder.resolve())
         if path.is_dir() and not path.name.startswith("."):
@@ -99,9 +98,9 @@ def user_documents(data):
     if not root.exists():
         raise FileNotFoundError(f"--data {data} does not exist (stdlib, a file or a folder)")
     for path in [root] if root.is_file() else files_below(root, set()):
-        place = path.relative_to(root)
+        folder = path.relative_to(root).parent.as_posix()
         if path == root or path.suffix.lower() in TEXT_SUFFIXES:
-            documents += [(f"{place.parent.as_posix()}/{name}", text)
+            documents += [(f"{folder}/{name}", text)
                           for name, text in read_text(path) if text.strip()]
     if not documents:
         raise ValueError(f"--data {data} has no text in {', '.join(TEXT_SUFFIXES)} files")
@@ -109,7 +108,7 @@ def user_documents(data):
 
 
 def split_documents(documents):
-    """(training, validation): a twentieth by hash of the name; of few documents, their ends."""
+    """(training, validation): a twentieth by hash of the name; below 40 documents, their ends."""
     held_out = lambda name: hashlib.sha256(os.fsencode(name)).digest()[0] % 20 == 0
     documents = sorted(documents)
     validation = [text for name, text in documents if held_out(name)]
@@ -120,7 +119,7 @@ def split_documents(documents):
 
 
 def fingerprint(data, documents, tokenizer_json=""):
-    """What a checkpoint keeps of its text: source, size, hashes of the text and the tokenizer."""
+    """What a checkpoint records: source and size of its text, hashes of text and tokenizer."""
     digest, size = hashlib.sha256(), 0
     for name, text in sorted(documents):
         raw = text.encode()
@@ -140,7 +139,7 @@ def xz_bits_per_byte(texts):
 # ------------------------------------------------------------------------------------------------
 # Tokenizers: byte-level BPE, kept as tokenizer.json, trained and run by the tokenizers library
 
-MARKERS = ("<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<think>", "</think>")     # of chats
+MARKERS = ("<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<think>", "</think>")     # for chats
 SEPARATORS = ("<|bos|>", "<s>", "<|endoftext|>", "<|begin_of_text|>")
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -153,7 +152,7 @@ def byte_characters():
 
 
 def byte_level(model, *split):
-    """A tokenizers.Tokenizer that cuts text by a pre-tokenizer, if one is given, and into bytes."""
+    """A tokenizers.Tokenizer that splits text by a pre-tokenizer, if given, and then into bytes."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         *split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -162,15 +161,14 @@ def byte_level(model, *split):
 
 
 def cut_runs(text, longest=1000):
-    """A text in pieces: runs of white space, and of anything else, are cut into parts. The time of
-    training a BPE grows with the square of its longest word."""
+    """A text cut where a run (of white space, or of other characters) gets longer than `longest`:
+    the time to train a BPE grows with the square of its longest word."""
     ends = [m.end() for m in re.finditer(rf"\s{{{longest}}}|\S{{{longest}}}", text)]
     return [text[i:j] for i, j in zip([0, *ends], [*ends, len(text)])]
 
 
 def train_bpe(texts, vocab_size):
-    """tokenizer.json (a str) of a byte-level BPE of vocab_size entries, the separator first and the
-    markers of chats, which pre-training never sees, next."""
+    """tokenizer.json (a str) of a byte-level BPE; the separator and the markers come first."""
     tokenizer = byte_level(models.BPE(), pre_tokenizers.Split(Regex(PATTERN), "isolated"))
     pieces = (piece for text in texts for piece in cut_runs(text))
     tokenizer.train_from_iterator(pieces, trainers.BpeTrainer(
@@ -183,7 +181,7 @@ def make_tokenizer(spec, texts, vocab_size):
     """tokenizer.json (a str) for --tokenizer bpe, bytes (every byte is its own id) or a file."""
     if spec == "bpe":
         if vocab_size < 300:
-            raise ValueError(f"a BPE holds the 256 bytes and words: at least 300, not {vocab_size}")
+            raise ValueError(f"vocab_size is {vocab_size}, a BPE needs at least 300")
         return train_bpe(texts, vocab_size)
     if spec == "bytes":
         tokenizer = byte_level(models.BPE(vocab=byte_characters(), merges=[]))
@@ -215,7 +213,7 @@ class Encoding:
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode(self, text, allowed_special="all"):
-        """Ids of a text in which special tokens stand for themselves."""
+        """Ids of a text in which special tokens keep their meaning."""
         self.tokenizer.encode_special_tokens = False
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -272,7 +270,7 @@ class TokenStream:
         return int(self.borders[-1])
 
     def read(self, start, stop):
-        """Tokens start to stop, or to the end, as int64, across the borders of the arrays."""
+        """Tokens start to stop, or to the end, as int64, also across the arrays' borders."""
         first, last = np.searchsorted(self.borders, (start + 1, min(stop, len(self)))) - 1
         pieces = [self.arrays[i][max(start - self.borders[i], 0):stop - self.borders[i]]
                   for i in range(first, last + 1)]
@@ -281,7 +279,7 @@ class TokenStream:
 
 @dataclasses.dataclass
 class TokenData:
-    """Everything a run needs of its text."""
+    """Everything that a run needs from its text."""
     train: TokenStream
     validation: TokenStream
     validation_bytes: int           # of text, for bits/byte
@@ -293,7 +291,7 @@ class TokenData:
 
     @property
     def vocab_size(self):
-        """Entries of the tokenizer, rounded up to a multiple of 16 as FP8 matmuls want it."""
+        """Entries of the tokenizer, rounded up to a multiple of 16, as FP8 matmuls need."""
         return -(-self.encoding.n_vocab // 16) * 16
 
 
@@ -305,7 +303,7 @@ def pack(texts, encoding):
 
 
 def load_data(data="stdlib", tokenizer="bpe", vocab_size=4096, tokenizer_json=None):
-    """TokenData of --data and --tokenizer, or of tokenizer_json. Raises ValueError or OSError."""
+    """The TokenData of --data, by --tokenizer or tokenizer_json. Raises ValueError or OSError."""
     if (pathlib.Path(data) / "shards.json").exists():
         return load_shards(pathlib.Path(data))
     documents = stdlib_documents() if data == "stdlib" else user_documents(data)
@@ -319,11 +317,11 @@ def load_data(data="stdlib", tokenizer="bpe", vocab_size=4096, tokenizer_json=No
 
 
 def write_shards(token_data, folder, shard_tokens=10 ** 8):
-    """Writes train-*.npy, validation-*.npy (uint16 or uint32), tokenizer.json, shards.json."""
+    """Write train-*.npy, validation-*.npy (uint16 or uint32), tokenizer.json and shards.json."""
     folder, files = pathlib.Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "shards.json").exists():
-        raise FileExistsError(f"{folder} holds shards already: name another folder")
+        raise FileExistsError(f"{folder} holds shards already: choose another folder")
     for split in ("train", "validation"):
         stream, files[split] = getattr(token_data, split), []
         for i, start in enumerate(range(0, len(stream), shard_tokens)):
@@ -336,7 +334,7 @@ def write_shards(token_data, folder, shard_tokens=10 ** 8):
 
 
 def load_shards(folder):
-    """TokenData of memory-mapped shards. Raises ValueError if files are missing or cut short."""
+    """TokenData of memory-mapped shards. Raises ValueError if files are missing or truncated."""
     try:
         meta = read_json(folder / "shards.json")
         files, corpus, size = meta["files"], meta["fingerprint"], meta["validation_bytes"]
@@ -391,9 +389,8 @@ def label(windows, separator):
 
 
 def validation_batches(stream, batch_size, seq_len, separator=None, limit=None):
-    """Yield the stream as `Batches.next` does, but in order, every token predicted once; labels are
-    -100 where it is padded. limit: about so many tokens only, in windows from all over the
-    stream."""
+    """Yield batches as `Batches.next` does, but in order, with every token predicted once; labels
+    of padding are -100. limit: about how many tokens to use, in windows spread over the stream."""
     starts = range(0, len(stream) - 1, seq_len)
     n = len(starts) if limit is None else min(max(limit // seq_len, 1), len(starts))
     starts = [starts[i * len(starts) // n] for i in range(n)]
@@ -406,7 +403,7 @@ def validation_batches(stream, batch_size, seq_len, separator=None, limit=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# python data.py: what the model will read
+# python data.py: statistics of corpus and tokenizer
 
 
 @dataclasses.dataclass
@@ -414,8 +411,8 @@ class Run:
     """Statistics of a corpus and of a tokenizer on it."""
     data: str = flag("stdlib", "stdlib, a text file, a folder of text, or a folder of shards")
     tokenizer: str = flag("bpe", "bpe, bytes, or a tokenizer.json")
-    vocab_size: int = flag(4096, "entries of a trained BPE", at_least=1)
-    write_shards: str = flag("", "folder: write token shards there, for large runs")
+    vocab_size: int = flag(4096, "vocabulary size of a trained BPE", at_least=1)
+    write_shards: str = flag("", "folder to write token shards to, for large runs")
 
     def __post_init__(self):
         check_flags(self)
@@ -428,12 +425,14 @@ def main(run):
     bytes_per_token = text.validation_bytes / len(stream)
     example = "|".join(text.encoding.decode([i]) for i in stream.read(0, 40)).replace("\n", "\\n")
     print(f"corpus       {corpus['source']}: {corpus['documents']} documents, "
-          f"{corpus['bytes'] / 1e6:.2f} MB, sha256 {corpus['sha256'][:12]}\n"
-          f"tokenizer    {run.tokenizer}: {text.encoding.n_vocab} entries, {bytes_per_token:.2f} "
-          f"bytes per token on validation text\ntokens       {len(text.train):,} training, "
-          f"{len(stream):,} validation ({text.validation_bytes / 1e3:.0f} kB)\nxz -9e       "
-          f"{f'{xz:.3f} bits/byte on validation text' if xz else 'not computed for shards'}\n"
-          f"example      {example}")
+          f"{corpus['bytes'] / 1e6:.2f} MB, sha256 {corpus['sha256'][:12]}")
+    print(f"tokenizer    {run.tokenizer}: {text.encoding.n_vocab} entries, {bytes_per_token:.2f} "
+          "bytes per token on validation text")
+    print(f"tokens       {len(text.train):,} training, {len(stream):,} validation "
+          f"({text.validation_bytes / 1e3:.0f} kB)")
+    print("xz -9e      ", f"{xz:.3f} bits/byte on validation text" if xz else
+          "not computed for shards")
+    print(f"example      {example}")
     if run.write_shards:
         write_shards(text, run.write_shards)
         print(f"shards       written to {run.write_shards}")

@@ -2,13 +2,13 @@
 
     M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-      the 9B: 27 M, 4 *, 25 -
 
-Each letter is one pre-norm residual layer, x + mixer(norm(x)): M is Mamba-2, * is attention, - is
-an MLP. About 8% of the layers are attention, spread evenly. They let the model look up an exact
+Each character is one pre-norm residual layer, x + mixer(norm(x)): M is Mamba-2, * is attention, -
+is an MLP. About 8% of the layers are attention, spread evenly. They let the model look up an exact
 earlier token, and they are the only part whose memory grows with the context. Sources: Nemotron-H,
 arXiv 2504.03624, section 2; Nemotron Nano 2, arXiv 2508.14444, section 2; and the released configs,
-which hold where the text disagrees (it says Mamba head dim 64; the weights have 128 heads x 80).
+which we follow where the text differs (it says Mamba head dim 64; the weights have 128 heads x 80).
 
-What the released architecture is
+The released architecture
   * RMSNorm with eps 1e-5, computed in fp32. No linear layer has a bias; the convolution has one.
   * Grouped-query attention without any position embedding: the Mamba layers carry the order.
   * MLP = down(relu(up(x))^2), without a gate. Embedding and head are not tied.
@@ -58,9 +58,9 @@ INDEX = "model.safetensors.index.json"
 
 @dataclasses.dataclass
 class HybridConfig:
-    """One model. Sizes in elements; validates itself, raising ValueError with one line."""
+    """One model; sizes in elements. Raises ValueError with one line if a field does not fit."""
 
-    pattern: str = "M-M-M*-M-"      # one letter per layer: M Mamba-2, * attention, - MLP
+    pattern: str = "M-M-M*-M-"      # layer types: M Mamba-2, * attention, - MLP
     vocab_size: int = 4096          # v, embedding and head are separate
     d_model: int = 256              # d, width of the residual stream
     mlp_dim: int = 1024             # f
@@ -78,8 +78,8 @@ class HybridConfig:
     bos_token_id: int | None = None     # the separator between documents
     eos_token_id: int | list | None = None      # what ends a text: one id or several; None: bos
     pad_token_id: int | None = None
-    max_positions: int | None = None    # tokens that a text may have, by its maker's word
-    generation: dict | None = None      # generation_config.json, kept as it is
+    max_positions: int | None = None    # longest text in tokens, as the checkpoint states it
+    generation: dict | None = None      # generation_config.json, unchanged
 
     def __post_init__(self):
         if not self.pattern or set(str(self.pattern)) - set(LAYER_NAMES):
@@ -106,7 +106,7 @@ class HybridConfig:
 
     @property
     def end_tokens(self):
-        """The ids after which a text has ended, those of generation_config.json included."""
+        """The ids that end a text, those of generation_config.json included."""
         ends = [self.eos_token_id, (self.generation or {}).get("eos_token_id")]
         ends = [i for some in ends if some is not None
                 for i in (some if isinstance(some, list) else [some])]
@@ -141,9 +141,8 @@ class HybridConfig:
     def flops_by_part(self, context, decode=False):
         """Forward FLOPs per token, {layer type or 'head': total}, a multiply-add counted as two.
 
-        Training: a causal sequence of `context` tokens by the chunked scan. Decode: one token after
-        `context` others. Norms, convolution and activations, under 1% in any preset, are left
-        out."""
+        Training: a causal sequence of `context` tokens by the chunked scan. Decode: the next token.
+        Norms, convolution and activations, under 1% in any preset, are left out."""
         d, di, n, l = self.d_model, self.d_inner, self.d_state, min(self.chunk_size, context)
         mamba = 2 * d * (2 * di + self.conv_dim + self.mamba_heads)             # in_proj, out_proj
         scan = 5 * di * n if decode else 4 * di * n + 2 * l * (di + self.n_groups * n)
@@ -208,9 +207,7 @@ class RMSNorm(nn.RMSNorm):
 
 class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of h W^T in blocks of tokens: the (tokens, v) logits never exist at once.
-
-    The gradient, softmax - one_hot, is computed while a block's logits exist, so nothing is
-    computed twice."""
+    The gradient, softmax - one_hot, is computed while a block's logits exist."""
 
     @staticmethod
     def forward(ctx, h, weight, labels, block, want_grad):
@@ -240,20 +237,20 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def labelled(labels, vocab_size):
-    """Where labels (tokens,) are not below 0: int64 (n,). Raises ValueError for labels beyond the
-    vocabulary. (On CUDA the kernel stops at them; on the meta device all are taken for labels.)"""
+    """Positions (n,) of the labels (tokens,) that are not below 0. Raises ValueError for labels
+    beyond the vocabulary. (On CUDA the kernel stops at them; on the meta device all count.)"""
     if labels.is_meta:
         return torch.arange(len(labels), device="meta")
     if labels.numel() and not labels.is_cuda and labels.max() >= vocab_size:
         raise ValueError(f"labels reach {labels.max()}, the vocabulary is 0 to {vocab_size - 1}; "
-                         "one that is to be left out is below 0")
+                         "labels below 0 are left out")
     return (labels >= 0).nonzero()[:, 0]
 
 
 def cross_entropy(h, weight, labels, block=1024):
     """Mean -log softmax(h W^T)[label] in nats; h (tokens, d), weight (v, d), labels (tokens,), of
     which those below 0 are left out. Raises ValueError for labels beyond the vocabulary, and
-    RuntimeError for second derivatives, as kd_loss, Float8Linear and ssd_chunked do."""
+    RuntimeError for second derivatives."""
     kept = labelled(labels, len(weight))
     h, labels = h[kept], labels[kept]
     want_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
@@ -261,7 +258,7 @@ def cross_entropy(h, weight, labels, block=1024):
 
 
 def rotate(x, pos, theta):
-    """Rotary embedding of x (b, heads, t, head_dim) from position pos (an int or a tensor) on."""
+    """Rotary embedding of x (b, heads, t, head_dim); its first position is pos, int or tensor."""
     t, half, dtype = x.shape[2], x.shape[3] // 2, accumulator(x)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     angle = (torch.arange(t, device=x.device) + pos).to(dtype)[:, None] * frequency     # (t, half)
@@ -275,8 +272,8 @@ def rotate(x, pos, theta):
 
 
 class KVState(NamedTuple):
-    """What an attention layer keeps of the tokens so far."""
-    cache: "HybridCache"        # which holds the position
+    """What an attention layer remembers of the tokens so far."""
+    cache: "HybridCache"        # holds the position
     kv: torch.Tensor            # (2, b, g, max_len, head_dim), keys and values
 
     def append(self, k, v):
@@ -297,13 +294,13 @@ class KVState(NamedTuple):
 
 
 class HybridCache:
-    """What decode needs of the past, allocated once.
+    """What decode needs from the tokens so far, allocated once.
 
     layers[i]: the state of layer i, a MambaState (conv (b, conv_dim, width - 1), ssm (b, h, p, n)
-    in fp32), a KVState, or None for an MLP. pos: the position of the next token, one for all rows.
+    in fp32), a KVState, or None for an MLP. pos: the next token's position, the same in all rows.
     start: None, or int64 (b,): prompts of different lengths begin at different positions and end at
     the same one. fixed: None, or (pos as an int64 tensor (1,), kv_len), for a CUDA graph, which
-    needs shapes that stay and a position on the device."""
+    needs constant shapes and a position on the device."""
 
     def __init__(self, config, batch, max_len, dtype, device, state_dtype=torch.float32):
         self.batch, self.max_len, self.device = batch, max_len, device
@@ -329,7 +326,7 @@ class HybridCache:
         return sum(m.nbytes for m in (*self.states(), *self.kv()))
 
     def snapshot(self):
-        """A copy of the Mamba states and the position, which is enough for KV: it only grows."""
+        """A copy of the Mamba states and the position. KV is only appended to: no copy needed."""
         return dict(pos=self.pos, start=self.start, states=[m.clone() for m in self.states()])
 
     def restore(self, snapshot):
@@ -349,7 +346,7 @@ class HybridCache:
         return other
 
     def expand(self, n):
-        """A new cache with every row n times, copies adjacent: n samples from one prefill."""
+        """A new cache with n adjacent copies of every row, for n samples from one prefill."""
         return self.change_rows(self.batch * n, lambda m, axis: m.repeat_interleave(n, axis))
 
     def row(self, i, start=0):
@@ -362,8 +359,8 @@ class HybridCache:
         return other
 
     def mask(self, kv_len, last=None):
-        """What one new token of each row sees, bool (b, 1, 1, kv_len), from the row's start up to
-        `last`, an int64 tensor (1,); None where that is everything."""
+        """What one new token of each row sees, bool (b, 1, 1, kv_len): from the row's start up to
+        `last`, an int64 tensor (1,); None if that is everything."""
         if self.start is None and last is None:
             return None
         place = torch.arange(kv_len, device=self.device)
@@ -372,7 +369,7 @@ class HybridCache:
         return seen.expand(self.batch, kv_len)[:, None, None]
 
     def check(self, batch, t):
-        """Raises ValueError if t more tokens of each of `batch` rows do not fit."""
+        """Raise ValueError if t more tokens for each of `batch` rows do not fit."""
         if batch != self.batch:
             raise ValueError(f"the cache was made for {self.batch} rows, the tokens have {batch}")
         if self.start is not None and t > 1 and self.batch > 1:
@@ -384,7 +381,7 @@ class HybridCache:
 # ------------------------------------------------------------------------------------------------
 # Mixers: (x (b, t, d), state, seq_idx (b, t) that keeps packed documents apart) -> (b, t, d)
 
-MASK_ELEMENTS = 2 ** 22         # of a mask in chunked prefill where there is no kernel without one
+MASK_ELEMENTS = 2 ** 22         # largest mask of chunked prefill, where the kernel needs a mask
 
 
 class Attention(nn.Module):
@@ -419,18 +416,18 @@ class Attention(nn.Module):
     def attend(q, k, v, mask=None):
         """q (b, heads, t, head_dim), k, v (b, g, kv_len, head_dim) -> (b, heads, t, head_dim).
 
-        mask: bool, True is seen; None is causal, and then the last query sees everything."""
+        mask: bool, True for a key that is seen; None: causal, and the last query sees every key."""
         (b, heads, t, head_dim), (g, kv_len) = q.shape, k.shape[1:3]
         sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=t > 1 and heads != g)
-        if t == 1:  # a group's query heads become rows; one query sees all that was before it
+        if t == 1:  # a group's query heads become rows; a single query sees every key
             return sdpa(q.view(b, g, -1, head_dim), k, v, attn_mask=mask).view(q.shape)
         if mask is not None or kv_len == t:
             return sdpa(q, k, v, attn_mask=mask, is_causal=mask is None)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):    # without a mask
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):    # no mask needed
             from torch.nn.attention.bias import causal_lower_right      # takes a second to import
             return sdpa(q, k, v, attn_mask=causal_lower_right(t, kv_len))
 
-        # Elsewhere a mask is needed, as is_causal aligns top-left. A few queries keep it small.
+        # Else a mask is needed, as is_causal aligns top-left. Few queries at a time keep it small.
         y, rows = torch.empty_like(q), max(MASK_ELEMENTS // kv_len, 1)
         for i in range(0, t, rows):
             queries = q[:, :, i:i + rows]
@@ -442,7 +439,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(relu(up(x))^2). It has no state and sees one token at a time."""
+    """down(relu(up(x))^2). It has no state and treats each token alone."""
 
     def __init__(self, config):
         super().__init__()
@@ -454,7 +451,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One letter of the pattern: x + mixer(norm(x))."""
+    """One layer of the pattern: x + mixer(norm(x)); letter is its type."""
 
     def __init__(self, config, letter):
         super().__init__()
@@ -471,11 +468,11 @@ class Block(nn.Module):
 
 
 class HybridLM(nn.Module):
-    """The language model: model(tokens (b, t) int64) -> fp32 logits (b, t, v) (fp64 if it is).
+    """The language model: model(tokens (b, t) int64) -> fp32 logits (b, t, v) (fp64 if it is fp64).
 
     compute_dtype: dtype of the residual stream and the matmuls; None follows the parameters. Norms,
-    decays, states and logits stay fp32, and so do fp32 parameters: bf16 training keeps fp32 masters
-    without autocast."""
+    decays, states and logits stay fp32, and so do fp32 parameters: bf16 training keeps fp32 master
+    weights without autocast."""
 
     def __init__(self, config, compute_dtype=None):
         super().__init__()
@@ -486,12 +483,12 @@ class HybridLM(nn.Module):
             layers=nn.ModuleList(Block(config, letter) for letter in config.pattern),
             norm_f=RMSNorm(config.d_model, config.norm_eps)))
         self.lm_head = Linear(config.d_model, config.vocab_size)
-        if not self.lm_head.weight.is_meta:         # there is nothing to initialise
+        if not self.lm_head.weight.is_meta:         # meta tensors have no values
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """The table of the module's docstring, in order of the parameters."""
+        """Follow the table in the module's docstring, in the order of the parameters."""
         std = math.sqrt(0.8 / self.config.d_model)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -503,11 +500,11 @@ class HybridLM(nn.Module):
                 module.reset_ssm_parameters()
 
     def forward(self, tokens, cache=None, last_only=False, seq_idx=None, head=True):
-        """Logits (b, t, v), or (b, 1, v) of the last token with last_only, or with head=False the
+        """Logits (b, t, v); with last_only those of the last token, (b, 1, v); with head=False the
         hidden states (b, t, d) that the head would read.
 
-        cache: a HybridCache, which moves on by t tokens in place, without gradients; right for any
-        split of a prompt. seq_idx (b, t) int: packed documents that must not see each other. Raises
+        cache: a HybridCache, which advances by t tokens in place, without gradients; a prompt may
+        be split anywhere. seq_idx (b, t) int: packed documents that must not see each other. Raises
         ValueError for tokens outside the vocabulary, and if the tokens do not fit the cache."""
         states = [None] * len(self.backbone.layers)
         if cache is not None:
@@ -538,7 +535,7 @@ class HybridLM(nn.Module):
         return x.to(self.compute_dtype or x.dtype)
 
     def loss(self, tokens, labels, seq_idx=None):
-        """Mean cross-entropy in nats of labels (b, t), those below 0 left out."""
+        """Mean cross-entropy in nats over the labels (b, t) that are not below 0."""
         x = self(tokens, seq_idx=seq_idx, head=False)
         return cross_entropy(x.flatten(0, 1), self.lm_head.weight, labels.flatten())
 
@@ -553,7 +550,7 @@ class HybridLM(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # Hugging Face checkpoints, in and out
 
-HF_FIELDS = dict(       # ours = key in config.json of nemotron_h
+HF_FIELDS = dict(       # field of HybridConfig = key in config.json of nemotron_h
     vocab_size="vocab_size", d_model="hidden_size", mlp_dim="intermediate_size",
     n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
     mamba_heads="mamba_num_heads", mamba_head_dim="mamba_head_dim", n_groups="n_groups",
@@ -573,8 +570,8 @@ HF_MUST_BE = dict(mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embe
 
 
 def config_from_hf(values, generation=None):
-    """A HybridConfig from the values of config.json, old and new, and of generation_config.json.
-    What the model cannot obey raises a ValueError that names the key."""
+    """A HybridConfig from the values of config.json, with old or new keys, and those of
+    generation_config.json. What the model does not support raises a ValueError with the key."""
     kind = values.get("model_type")
     if kind not in ("nemotron_h", "nemotron_h_rope"):
         raise ValueError(f"config.json: model_type is {kind!r}, must be 'nemotron_h'")
@@ -593,7 +590,7 @@ def config_from_hf(values, generation=None):
                          f"layers_block_type {layers} or num_hidden_layers {count} says")
     known = {ours: values[theirs] for ours, theirs in HF_FIELDS.items()
              if values.get(theirs) is not None}
-    optional = "chunk_size", "norm_eps", "d_conv", *(      # and what a config may lack
+    optional = "chunk_size", "norm_eps", "d_conv", *(      # and fields that default to None
         field.name for field in dataclasses.fields(HybridConfig) if field.default is None)
     missing = [theirs for ours, theirs in HF_FIELDS.items()
                if ours not in known and ours not in optional]
@@ -614,15 +611,15 @@ def read_config(folder):
     try:
         return config_from_hf(read_json(folder / "config.json"),
                               read_json(generation) if generation.exists() else None)
-    except TypeError as error:          # a list where there should be a number, and the like
+    except TypeError as error:          # such as a list in the place of a number
         raise ValueError(f"{folder / 'config.json'} has a value of a wrong type: {error}") from None
 
 
 def config_to_hf(config, dtype):
-    """config.json's values. transformers 5.23 raises dt to time_step_min, but in decode."""
+    """The values of config.json. transformers 5.23 raises dt to time_step_min, except in decode."""
     values = {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
     values = {key: value for key, value in values.items() if value is not None}
-    values.setdefault("bos_token_id", None)         # else transformers takes 1 and 2
+    values.setdefault("bos_token_id", None)         # else transformers uses 1 and 2
     values.setdefault("eos_token_id", values["bos_token_id"])
     if config.rope_theta is not None:
         values["rope_theta"] = config.rope_theta
@@ -654,7 +651,7 @@ def read_tensors(folder):
             if moved:
                 raise ValueError(f"{folder / file} holds {moved[0]}, which {index.name} has in "
                                  f"{weight_map.get(moved[0], 'no file')}")
-            for name in names:      # opened anew each time: no mapped page outlives its tensor
+            for name in names:      # reopened, so that no mapped page outlives its tensor
                 with safe_open(folder / file, "pt") as shard:
                     yield folder / file, name, shard.get_tensor(name)
         except (OSError, SafetensorError) as error:
@@ -663,7 +660,7 @@ def read_tensors(folder):
 
 
 def set_parameter(model, name, value):
-    """Put a tensor in the place of the parameter of this name."""
+    """Replace the parameter of this name with a tensor."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, nn.Parameter(value))
 
@@ -672,7 +669,7 @@ def load_hf(folder, device="cpu", dtype=None):
     """A HybridLM from a Hugging Face folder: config.json and model.safetensors, whole or in shards.
 
     dtype: None keeps the stored one; A_log, D and dt_bias become fp32 (fp64 for float64) in any
-    case. Each tensor is read, cast and placed alone: the peak is the weights + one tensor. Raises
+    case. Tensors are read, cast and placed singly: memory peaks at the weights + one tensor. Raises
     FileNotFoundError or ValueError for missing files and for broken or foreign checkpoints."""
     folder = pathlib.Path(folder)
     config = read_config(folder)
@@ -686,7 +683,7 @@ def load_hf(folder, device="cpu", dtype=None):
                              "there twice")
         if value.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{file}: {key} is {str(value.dtype)[6:]}: quantised checkpoints are "
-                             "not supported, take the one in bfloat16")
+                             "not supported, use the bfloat16 one")
         if value.shape != wanted[name].shape:
             raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, config.json asks for "
                              f"{tuple(wanted[name].shape)}")
@@ -702,7 +699,7 @@ def load_hf(folder, device="cpu", dtype=None):
 
 
 def tensors_to_save(model):
-    """{name: tensor} of a HybridLM, compiled or not, as its config asks for. Raises ValueError."""
+    """{name: tensor} of a HybridLM, compiled or not. Raises ValueError if its config differs."""
     config = getattr(model, "config", None)
     if not isinstance(config, HybridConfig):
         raise ValueError(f"only a HybridLM can be saved, not a {type(model).__name__}")
@@ -715,7 +712,7 @@ def tensors_to_save(model):
         if p is None or p.shape != shape or p.dtype not in FLOAT_DTYPES or p.is_meta:
             found = "not there (or tied to another)" if p is None else \
                 f"{tuple(p.shape)} {str(p.dtype)[6:]} on {p.device}"
-            raise ValueError(f"the model is not what its config says, and is not saved: {name} is "
+            raise ValueError(f"the model does not match its config and is not saved: {name} is "
                              f"{found}, the config asks for {shape and tuple(shape)}")
     return tensors
 
@@ -724,8 +721,8 @@ def save_hf(model, folder, shard_bytes=5 * 10 ** 9):
     """Write a checkpoint that transformers opens as NemotronH: config.json and model.safetensors,
     in several files above shard_bytes; dtypes are kept.
 
-    One file replaces one file at once. If there are several, before or after, the folder has no
-    config.json until all are there, so that no mixture of two checkpoints can be loaded. Raises
+    A single file replaces a single file atomically. With several, old or new, the folder has no
+    config.json until all are written, so that no mixture of two checkpoints can be loaded. Raises
     ValueError, with nothing written, for a model whose parameters are not those of its config."""
     tensors, folder = tensors_to_save(model), pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -739,7 +736,7 @@ def save_hf(model, folder, shard_bytes=5 * 10 ** 9):
 
     stale = {path.name for path in folder.glob("model*.safetensors*")} - set(names)
     if stale or len(shards) > 1:
-        (folder / "config.json").unlink(missing_ok=True)    # until the last file is there
+        (folder / "config.json").unlink(missing_ok=True)    # written again at the end
     for name, shard in zip(names, shards):
         replace_file(folder / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
     for name in stale:
@@ -758,29 +755,11 @@ def save_hf(model, folder, shard_bytes=5 * 10 ** 9):
 # python model.py: the architecture in numbers
 
 
-def print_sizes(config, context, dtype=torch.bfloat16):
-    """Print the pattern, parameters and FLOPs by part, and bytes of weights and cache."""
-    train, decode = config.flops_by_part(context), config.flops_by_part(context, decode=True)
-    print(f"{config.pattern}\n\npart         layers      parameters  train MFLOP/token  "
-          "decode MFLOP/token")
-    row = "{:12s}{:7d}{:16,d}{:19,.1f}{:20,.1f}".format
-    for part, n in config.params_by_part().items():
-        count = config.pattern.count(part) if part in LAYER_NAMES else 1
-        print(row(LAYER_NAMES.get(part, part), count, n, 3 * train.get(part, 0) / 1e6,
-                  decode.get(part, 0) / 1e6))
-    print(row("total", len(config.pattern), config.n_params(), 3 * sum(train.values()) / 1e6,
-              sum(decode.values()) / 1e6))
-
-    sizes = dict(weights=config.weight_bytes(dtype), **config.cache_bytes(1, context, dtype))
-    print(f"\nGiB at {context} tokens, {str(dtype)[6:]}, SSM states in fp32: "
-          + ", ".join(f"{name} {size / GIB:.3f}" for name, size in sizes.items()))
-
-
 @dataclasses.dataclass
 class Run:
     """The architecture in numbers: parameters, FLOPs and bytes, without allocating anything."""
     preset: str = flag("toy", "one of " + ", ".join(PRESETS), choices=PRESETS)
-    context: int = flag(8192, "tokens, for FLOPs and cache bytes", at_least=1)
+    context: int = flag(8192, "context in tokens, for FLOPs and cache bytes", at_least=1)
 
     def __post_init__(self):
         check_flags(self)
@@ -788,14 +767,28 @@ class Run:
 
 @script(Run)
 def main(run):
-    config = HybridConfig.preset(run.preset)
-    print_sizes(config, run.context)
+    config, context = HybridConfig.preset(run.preset), run.context
+    train = {part: 3 * flops for part, flops in config.flops_by_part(context).items()}
+    decode = config.flops_by_part(context, decode=True)
+    print(f"{config.pattern}\n\npart         layers      parameters  train MFLOP/token  "
+          "decode MFLOP/token")
+    row = "{:12s}{:7d}{:16,d}{:19,.1f}{:20,.1f}".format
+    for part, n in config.params_by_part().items():
+        count = config.pattern.count(part) if part in LAYER_NAMES else 1
+        print(row(LAYER_NAMES.get(part, part), count, n, train.get(part, 0) / 1e6,
+                  decode.get(part, 0) / 1e6))
+    print(row("total", len(config.pattern), config.n_params(), sum(train.values()) / 1e6,
+              sum(decode.values()) / 1e6))
+
+    sizes = dict(weights=config.weight_bytes(), **config.cache_bytes(1, context))
+    print(f"\nGiB at {context} tokens, bfloat16, SSM states in fp32: "
+          + ", ".join(f"{name} {size / GIB:.3f}" for name, size in sizes.items()))
+
     with torch.device("meta"):
         built = sum(p.numel() for p in HybridLM(config).parameters())
     print(f"built on the meta device: {built:,} parameters, by formula {config.n_params():,}")
     assert built == config.n_params()
-    return dict(n_params=built,
-                flops_per_token=3 * sum(config.flops_by_part(run.context).values()))
+    return dict(n_params=built, flops_per_token=sum(train.values()))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@ computed from the input, and the token is added to it:
     y_t = S_t C_t + D x_t
 
 This is linear attention with decay: unrolled, y_t is a sum over s <= t of (C_t . B_s), times the
-decay between s and t, times dt_s x_s. The file computes this sum in five forms, slowest first, and
-continues it by one token at a time:
+decay between s and t, times dt_s x_s. The file computes this sum in five forms, slowest first:
 
     ssd_recurrent   token by token               O(t) work, no matmuls       the definition
     ssd_quadratic   the (t, t) score matrix      O(t^2) work, all matmuls    the insight
     ssd_minimal     attention inside chunks,     O(t l) work, all matmuls    the algorithm: the
                     recurrence between them                                  form to copy first
-    ssd_chunked     the same, chunk by chunk,    a chunk's scores at a time  trains and prefills
+    ssd_chunked     the same, chunk by chunk,    scores of one chunk only    trains and prefills
                     the backward by hand
-    ssd_triton      the same, on a GPU           one pass over memory        the same, on GPUs
+    ssd_triton      the same, in GPU kernels     one pass over memory        the same, on GPUs
     ssd_step        one token, in place          O(1) work and memory        decodes
 
 Source: Mamba-2, arXiv 2405.21060 (the scan: section 6; the layer: section 7). Shapes and names
@@ -31,28 +30,26 @@ Glossary (the paper's letter in brackets where it differs)
     seq_idx (b, t): a change of value starts a new document and empties the state
 
 Choices, and where others differ
-  * Heads of one group read the same B and C. They are never copied to heads: every product with B
-    or C is one batched matmul per group, with the group's heads side by side. (transformers 5.23
-    repeats both; at the 9B's 128 heads on 8 groups that is 16 times the memory.)
-  * Mask before exp. With exp first and the mask after, the backward meets inf * 0 = NaN.
+  * B and C are not copied per head: each product with them is one batched matmul per group. (The
+    copies of transformers 5.23 take 16 times the memory at the 9B's 128 heads in 8 groups.)
+  * The mask comes before exp. If it came after, the backward would compute inf * 0 = NaN.
   * dt has no lower clamp. transformers 5.23 raises dt to at least time_step_min (0.001) in training
-    and prefill, by kernels or torch, and not in decode, so that its own two paths disagree.
+    and prefill, with or without kernels, but not in decode, so that its own two paths disagree.
   * dt, A, cumulative sums, decays and states are fp32 whatever x is (fp64 if x is fp64); matmul
-    operands have x's dtype, as in the CUDA kernels. Sums in bf16 cost 2% in the decays.
+    operands have x's dtype, as in the CUDA kernels. Sums in bf16 would cost 2% in the decays.
   * Differences of fp32 cumulative sums lose digits after a huge step: y is off by 4e-5 after one
-    dt = 100 at A = -16, and by 6e-3 after dt = 10000.
-  * seq_idx resets at every *change*: 0 1 0 are three documents. (mamba_ssm compares values.)
+    dt = 100 at A = -16, and by 6e-3 after one dt = 10000.
+  * Each change of seq_idx counts: 0 1 0 are three documents. (mamba_ssm compares values instead.)
     initial_states belong to the document at position 0.
-  * Convolution and gated norm are plain torch, on CUDA under torch.compile. With backwards by hand
-    a default training step takes as long: 0.95 to 1.04 times (2 cores, AMD EPYC Zen 5).
+  * Convolution and gated norm are plain torch, compiled on CUDA. With hand-written backwards a
+    default training step takes 0.95 to 1.04 times as long (2 cores, AMD EPYC Zen 5): no gain.
   * The Triton kernels (second half of the file) are checked in Triton's interpreter and by
     ahead-of-time compilation for A10G and H100. Their speed has not been measured.
 
-Left out: splitting one sequence over several GPUs, or over the multiprocessors of one (few heads at
-batch 1 leave a large GPU partly idle); second derivatives through ssd_chunked and ssd_triton, which
-raise an error (the first three forms have them).
+Left out: splitting one sequence over several GPUs, or over the multiprocessors of one; second
+derivatives of ssd_chunked and ssd_triton, which raise an error that names ssd_minimal instead.
 
-    python ssm.py            how far the forms are from fp64, gradients too     5 s on 2 cores
+    python ssm.py            error of every form and gradient against fp64      5 s on 2 cores
     python -m bench.ssm      speed against length; bytes, FLOPs and rooflines of the kernels
 """
 
@@ -76,14 +73,14 @@ def accumulator(x):
 
 
 def discretize(x, dt, A):
-    """One step's input u = dt x (b, t, h, p) and log-decay a = dt A <= 0 (b, t, h); fp32."""
+    """Each step's input u = dt x (b, t, h, p) and log-decay a = dt A <= 0 (b, t, h); fp32."""
     dtype = accumulator(x)
     dt = dt.to(dtype)
     return x.to(dtype) * dt[..., None], dt * A.to(dtype)
 
 
 def documents(seq_idx):
-    """seq_idx (b, t) -> the number of changes so far, equal inside a document; None -> None."""
+    """seq_idx (b, t) -> document numbers (b, t): how often it has changed; None -> None."""
     if seq_idx is None:
         return None
     changed = (seq_idx[:, 1:] != seq_idx[:, :-1]).long()
@@ -91,7 +88,7 @@ def documents(seq_idx):
 
 
 def _check(x, B, C):
-    """There is at least one token, and the operands of the matmuls have one dtype."""
+    """Raise ValueError if there is no token, or if the matmuls' operands differ in dtype."""
     if not x.shape[0] * x.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least one row and one token are needed")
     if not x.dtype == B.dtype == C.dtype:
@@ -99,15 +96,15 @@ def _check(x, B, C):
 
 
 def _prepare(x, dt, A, B, C, D, initial_states, seq_idx):
-    """Check shapes, name what is wrong; returns the state to start from and document numbers."""
+    """Check the arguments; return the state to start from and the document numbers."""
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     wanted = dict(dt=(dt, (b, t, h)), A=(A, (h,)), B=(B, (b, t, g, n)), C=(C, (b, t, g, n)),
                   D=(D, (h,)), initial_states=(initial_states, (b, h, p, n)),
                   seq_idx=(seq_idx, (b, t)))
     for name, (value, shape) in wanted.items():
         if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)} and B "
-                             f"{tuple(B.shape)} ask for {shape}")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, must be {shape} for x "
+                             f"{tuple(x.shape)} and B {tuple(B.shape)}")
     if h % g:
         raise ValueError(f"{h} heads cannot share {g} groups: heads must be a multiple of groups")
     _check(x, B, C)
@@ -150,7 +147,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
 def segment_sum(a):
     """a (..., t) -> (..., t, t): [i, j] = a_{j+1} + ... + a_i, 0 on the diagonal, -inf above.
 
-    Sums masked terms instead of subtracting two cumulative sums, so that no digits cancel."""
+    It sums masked terms instead of subtracting two cumulative sums, so that no digits cancel."""
     t = a.shape[-1]
     lower = torch.ones(t, t, dtype=torch.bool, device=a.device).tril()
     steps = a[..., :, None].expand(*a.shape, t).masked_fill(~lower.tril(-1), 0)
@@ -158,10 +155,9 @@ def segment_sum(a):
 
 
 def ssd_quadratic(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
-    """The attention form: y = (L * C B^T) u, with decays L for softmax (Mamba-2, section 3.2).
+    """The attention form: y = (L * C B^T) u; decays L replace softmax (Mamba-2, section 3.2).
 
-    Arguments, results and errors as in `ssd_recurrent`. O(t^2) time and memory: for reading and
-    testing."""
+    O(t^2) time and memory. Arguments, results and errors as in `ssd_recurrent`."""
     S0, doc = _prepare(x, dt, A, B, C, D, initial_states, seq_idx)
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     u, a = discretize(x, dt, A)
@@ -195,26 +191,26 @@ def ssd_minimal(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, ch
     u, a = discretize(x, dt, A)
     doc = documents(torch.zeros_like(a[..., 0]) if seq_idx is None else seq_idx)
 
-    # Whole chunks. Zeros in front are steps with dt = 0 in document 0, which change nothing.
+    # Pad to whole chunks. Zeros in front are steps with dt = 0 in document 0: they change nothing.
     pad = -t % l
     u, a, B, C, doc = (F.pad(m, (0, 0) * (m.dim() - 2) + (pad, 0)).unflatten(1, (-1, l))
                        for m in (u, a, B.to(u.dtype), C.to(u.dtype), doc))
     u, doc = u.unflatten(3, (g, -1)), doc[:, :, None, None]     # (b, c, l, g, r, p), (b, c, 1.., l)
     a = a.unflatten(3, (g, -1)).movedim(2, -1).cumsum(-1)                   # (b, c, g, r, l)
 
-    # Decay between two positions, from a chunk's start, to its end; none crosses documents.
-    before = F.pad(doc[:, :-1, ..., -1:], (0, 0) * 3 + (1, 0))  # of the last token before a chunk
+    # Decays between two positions, from a chunk's start and to its end; none crosses documents.
+    before = F.pad(doc[:, :-1, ..., -1:], (0, 0) * 3 + (1, 0))  # document of the token before
     same = (doc[..., :, None] == doc[..., None, :]).tril()
     L = (a[..., :, None] - a[..., None, :]).masked_fill(~same, -torch.inf).exp()
     head = a.masked_fill(doc != before, -torch.inf).exp()
     tail = (a[..., -1:] - a).masked_fill(doc != doc[..., -1:], -torch.inf).exp()
 
-    # (1) Inside each chunk: attention, with decays for softmax.
+    # (1) Inside each chunk: attention, with decays in place of softmax.
     scores = torch.einsum("bcign,bcjgn->bcgij", C, B)[:, :, :, None] * L    # (b, c, g, r, l, l)
     y = torch.einsum("bcgrij,bcjgrp->bcigrp", scores, u)
     # (2) The state that each chunk's own tokens leave at its end.
     states = torch.einsum("bclgrp,bcgrl,bclgn->bcgrpn", u, tail, B)
-    # (3) The recurrence, from chunk to chunk: the state that enters each.
+    # (3) The recurrence from chunk to chunk: the state that enters each chunk.
     S, entering = torch.zeros_like(states[:, 0]), []                        # (b, g, r, p, n)
     if initial_states is not None:
         S = initial_states.to(S.dtype).unflatten(1, (g, -1))
@@ -280,28 +276,28 @@ class _ChunkedScan(torch.autograd.Function):
     """The chunked scan and its gradient. x (b, t, g, r, p), dt (b, t, g, r), A, D (g, r), B, C (b,
     t, g, n), S0 (b, g, r, p, n), doc (b, t) or None.
 
-    With S the state entering a chunk, G = C B^T its scores, M = G * L, all products over a chunk:
+    Per chunk, with S the state that enters it, G = C B^T its scores and M = G * L:
 
         y  = M u  +  head * (C S^T)  +  D x         (1) inside the chunk, (4) from the state
         S' = all * S  +  (tail * u)^T B             (3) the recurrence, (2) the chunk's own state
 
-    Given dy and R = dS', the transposes of the same products, last chunk first:
+    The backward takes dy and R = dS' through the transposed products, last chunk first:
 
         du = M^T dy + tail * (B R^T)          dG = sum over a group's heads of (dy u^T) * L
         dC = dG B   + (head * dy) S           dB = dG^T C + (tail * u) R
         R  <- all * R + (head * dy)^T C       the gradient of the state that entered
 
     The log-decays a enter through exp of differences of their cumulative sum c, and d exp = exp.
-    With W = dM * M, strictly lower since the diagonal's exponent is the constant 0, and, for the
-    same reason without the last position, w_i = <u_i, tail_i B_i R>:
+    Let W = dM * M and w_i = <u_i, tail_i B_i R>, but 0 on the diagonal of W and at the last w,
+    where the exponent is the constant 0:
 
         dc_i = sum_j W_ij - sum_j W_ji + <dy_i, head_i C_i S> - w_i
         dc_last += sum_i w_i + all <R, S>     tail and all also read the last sum
         da = reverse cumulative sum of dc     dA = sum of dt da
         ddt = <du, x> + A da                  dx = dt du + D dy
 
-    Only the inputs and each chunk's entering state are saved; scores are computed again. They live
-    while their chunk is worked on, so that what a step touches stays in the CPU's cache."""
+    Only the inputs and each chunk's entering state are saved; scores are computed again. Only one
+    chunk's scores exist at a time, so that they stay in the CPU's cache."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, S0, doc, chunk_size, keep_states):
@@ -365,7 +361,7 @@ class _ChunkedScan(torch.autograd.Function):
             from_R = ungroup_heads(k.B @ Rx.mT, r) * k.tail[..., None]
             du = du + from_R
             w = from_R.mul_(k.u).sum(-1)
-            w[:, -1] = 0                        # its exponent is 0 as well
+            w[:, -1] = 0                        # the exponent is the constant 0
             dc -= w
             dc[:, -1] += w.sum(1) + k.all * (R * S).unflatten(2, (r, p)).sum((3, 4))
 
@@ -394,8 +390,8 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def first_derivatives_only(name, other):
-    """For a backward by hand: gradients are on in it only where its result is to be derived again.
-    (once_differentiable lets autograd.grad take that derivative for zero.)"""
+    """Called by a hand-written backward, in which gradients are on only under create_graph=True.
+    (With once_differentiable, autograd.grad takes second derivatives for zero.)"""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} has first derivatives only: with create_graph=True use {other}")
 
@@ -407,9 +403,8 @@ def ssd(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chunk_size
         backend="auto"):
     """The scan by one form. Arguments, results and errors as in `ssd_recurrent`.
 
-    backend: "recurrent", "quadratic", "minimal", "chunked", "triton" or "auto", which is "triton"
-    for 16-bit inputs on CUDA in shapes that its kernels take, else "chunked". (In fp32 the kernels
-    do without the matrix units and are there to be checked.)"""
+    backend: a key of BACKENDS, or "auto": "triton" for 16-bit inputs on CUDA in shapes that the
+    kernels take, else "chunked". (The fp32 kernels do not use matrix units; they serve tests.)"""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if backend == "auto":
@@ -422,8 +417,7 @@ def ssd(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chunk_size
 
 def ssd_step(state, x, dt, A, B, C, D=None):
     """One token: x (b, h, p), dt (b, h), B, C (b, g, n) -> y (b, h, p); state (b, h, p, n), which
-    may be strided, is updated in place. It continues the scan exactly, and is O(1) in the context
-    length."""
+    may be strided, is updated in place. Continues the scan exactly, at O(1) per token."""
     _check(x, B, C)
     groups = B.shape[1], -1
     u, a = discretize(x, dt, A)
@@ -447,9 +441,9 @@ def causal_conv1d(x, weight, bias, *, initial_states=None, seq_idx=None):
 
     x (b, t, channels), any strides; weight (channels, width); bias (channels,) or None;
     initial_states (b, channels, width - 1): the inputs just before x, oldest first, or None for
-    zeros; seq_idx (b, t): taps do not reach into another document. Returns (y (b, t, channels) in
-    x's dtype, final_states (b, channels, width - 1), the last inputs of this call, which continue
-    it as the next call's initial_states)."""
+    zeros; seq_idx (b, t): taps do not reach into another document. Returns y (b, t, channels) in
+    x's dtype and final_states (b, channels, width - 1): the last inputs of this call, which the
+    next call takes as its initial_states."""
     (b, t, channels), width = x.shape, weight.shape[1]
     if weight.shape[0] != channels:
         raise ValueError(f"weight has {weight.shape[0]} channels, x has {channels}")
@@ -460,13 +454,13 @@ def causal_conv1d(x, weight, bias, *, initial_states=None, seq_idx=None):
 
     window, total = x.to(accumulator(x)), x.new_zeros(1) if bias is None else bias
     total = total.to(window.dtype).expand(b, t, channels).clone()
-    taps = weight.t().to(total.dtype).contiguous()      # (width, channels): strided, half as fast
+    taps = weight.t().to(total.dtype).contiguous()      # (width, channels); strided is half as fast
     for k in range(width):
         tap = window[:, k:k + t]
-        if doc is not None:                             # what came before x is of document 0
+        if doc is not None:                             # inputs before x belong to document 0
             tap = tap * (F.pad(doc, (width - 1 - k, 0))[:, :t] == doc)[..., None]
         total.addcmul_(tap, taps[k])
-    del window, tap                                     # as large as the result
+    del window, tap                                     # each is as large as the result
     return F.silu(total).to(x.dtype), final_states
 
 
@@ -479,8 +473,8 @@ def inverse_rms(x, eps):
 def gated_group_norm(y, z, weight, n_groups, eps):
     """Gate, then RMSNorm each of n_groups slices, then weight (d,): y, z (..., d) -> y's shape.
 
-    The order and the groups both matter, and a wrong grouping is invisible with one group, as the
-    first Mamba-2 checkpoints have it."""
+    Both the order and the groups matter. The first Mamba-2 checkpoints have one group, which hides
+    a wrong grouping."""
     if y.shape[-1] % n_groups:
         raise ValueError(f"{y.shape[-1]} channels cannot form {n_groups} groups of equal size")
     s = (y * F.silu(z.to(accumulator(y)))).unflatten(-1, (n_groups, -1))
@@ -495,10 +489,8 @@ class MambaState(NamedTuple):
 
 
 def layer_step(state, xBC, dt, weight, bias, dt_bias, A_log, D):
-    """One token of a layer between its projections: xBC (b, conv_dim), dt (b, h) -> y (b, h, p).
-
-    state is updated in place; weight (conv_dim, d_conv), bias (conv_dim,), dt_bias, A_log, D (h,).
-    Equals `causal_conv1d` and the scan of one token."""
+    """`causal_conv1d` and the scan for one token: xBC (b, conv_dim), dt (b, h) -> y (b, h, p).
+    weight (conv_dim, d_conv), bias (conv_dim,), dt_bias, A_log, D (h,); state updated in place."""
     h, p, n = state.ssm.shape[1:]
     last = state.conv.transpose(1, 2)                           # (b, d_conv - 1, conv_dim), a view
     window = torch.cat([last, xBC[:, None].to(last.dtype)], 1)
@@ -518,7 +510,7 @@ def on_cuda(x):
 
 
 def fuse(f, x):
-    """f, or on a CUDA GPU torch.compile of it: one or two kernels instead of one per operation."""
+    """f, compiled if x is on a CUDA GPU: one or two kernels instead of one per operation."""
     return compiled(f) if on_cuda(x) else f
 
 
@@ -545,19 +537,17 @@ class GatedGroupNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """in_proj -> [z, x, B, C, dt]; conv over [x, B, C]; scan; gated norm with z; out_proj (Mamba-2,
-    figure 6).
+    """in_proj to [z, x, B, C, dt], conv over [x, B, C], scan, gated norm by z, out_proj (figure 6).
 
-    d_inner = n_heads x head_dim need not be a multiple of d_model: 10240 on 4480 in the 9B.
+    d_inner = n_heads x head_dim need not be a multiple of d_model: the 9B has 10240 and 4480.
     Parameter names are those of the released checkpoints; conv1d only holds weights. A_log, D and
-    dt_bias stay fp32 whatever the rest is, after .bfloat16(), .half() and .to(dtype), too."""
+    dt_bias stay fp32 when the rest changes by .bfloat16(), .half() or .to(dtype)."""
 
     def __init__(self, d_model, n_heads, head_dim, d_state, n_groups, d_conv=4, chunk_size=128,
                  eps=1e-5):
         super().__init__()
         if n_heads % n_groups:
-            raise ValueError(f"{n_heads} Mamba heads cannot share {n_groups} groups: heads must "
-                             f"be a multiple")
+            raise ValueError(f"{n_heads} Mamba heads cannot share {n_groups} groups equally")
         self.n_heads, self.head_dim, self.n_groups = n_heads, head_dim, n_groups
         self.d_inner, self.chunk_size = n_heads * head_dim, chunk_size
         self.conv_dim = self.d_inner + 2 * n_groups * d_state
@@ -579,11 +569,11 @@ class Mamba2(nn.Module):
         self.D.fill_(1)
 
     def _apply(self, fn, recurse=True):
-        """What .to(), .cuda() and .bfloat16() call, with fn from tensor to tensor."""
+        """.to(), .cuda() and .bfloat16() call this; fn maps a tensor to a tensor."""
         for child in self.children() if recurse else ():
             child._apply(fn)
 
-        def fp32_at_least(m):       # what is left: A_log, D, dt_bias and their gradients
+        def fp32_at_least(m):       # of this module: A_log, D, dt_bias and their gradients
             y = fn(m)
             return m.to(y.device, torch.float32) if y.dtype.itemsize < 4 else y
         return super()._apply(fp32_at_least, recurse=False)
@@ -595,17 +585,17 @@ class Mamba2(nn.Module):
         return x.unflatten(-1, (self.n_heads, self.head_dim)), B, C
 
     def forward(self, x, state=None, seq_idx=None):
-        """x (b, t, d) -> (b, t, d), from a `MambaState`, which is updated in place, or zeros."""
+        """x (b, t, d) -> (b, t, d). state: a `MambaState`, updated in place; None for zeros."""
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.n_heads], -1)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
 
-        # One token without gradients: the recurrence itself, everything in place.
+        # One token without gradients: one step of the recurrence, in place.
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             y = fuse(layer_step, x)(state, xBC[:, 0], dt[:, 0], weight, bias, self.dt_bias,
                                     self.A_log, self.D)
             return self.out_proj(self.norm(y.flatten(1)[:, None], z))
 
-        # Else the convolution and the scan. A backward may need the state that is overwritten.
+        # Else the convolution and the scan. A backward may need the old state, so it is copied.
         conv, S = state or (None, None)
         if state is not None and torch.is_grad_enabled():
             conv, S = conv.clone(), S.clone()
@@ -621,7 +611,7 @@ class Mamba2(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# python ssm.py: how far every form is from fp64 (the file's last line starts `main`)
+# python ssm.py: the error of every form against fp64 (the file's last line calls `main`)
 
 
 def random_inputs(b, t, h, p, g, n, dtype=torch.float32, device="cpu"):
@@ -634,14 +624,13 @@ def random_inputs(b, t, h, p, g, n, dtype=torch.float32, device="cpu"):
 
 
 def relative_error(value, truth):
-    """RMS of the difference over RMS of the truth, in fp64."""
+    """RMS of the difference divided by RMS of the truth, in fp64."""
     value, truth = value.double(), truth.double()
     return ((value - truth).norm() / truth.norm().clamp(min=1e-300)).item()
 
 
 def agreement(form, dtype, device="cpu", shape=(2, 300, 4, 64, 2, 32)):
-    """{tensor: relative error} of a form's results and gradients against those of ssd_recurrent in
-    fp64 on the same rounded inputs."""
+    """{tensor: relative error} of a form against ssd_recurrent in fp64 on the same inputs."""
     b, t, h, p, g, n = shape
     inputs = random_inputs(*shape, dtype=dtype, device=device)
     inputs.append(torch.randn_like(inputs[1].new_empty(b, h, p, n)))
@@ -658,14 +647,14 @@ def agreement(form, dtype, device="cpu", shape=(2, 300, 4, 64, 2, 32)):
 def main(argv=None):
     import argparse
     import json
-    parser = argparse.ArgumentParser(description="How far the Mamba-2 scan's forms are from fp64.")
+    parser = argparse.ArgumentParser(description="Errors of the Mamba-2 scan against fp64.")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[-1])
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 
-    print("relative error against the fp64 recurrence, fed the same rounded inputs")
+    print("relative error against the fp64 recurrence on the same rounded inputs")
     forms = ["recurrent float32", "quadratic float32", "minimal float32", "chunked float64",
              "chunked float32", "chunked bfloat16"]
     x, B = (torch.empty(1, 1, 1, size, device=args.device) for size in (64, 32))
@@ -685,56 +674,52 @@ def main(argv=None):
 # ------------------------------------------------------------------------------------------------
 # From here on: GPUs only (a reader may stop here). The scan in Triton
 
-# What has to be moved. At the 9B's shape (h 128, p 80, n 128, g 8, bf16) the forward reads x, B, C
-# and dt and writes y, 45 kB per token; the backward moves 70 kB. An H100 moves 3.35 TB/s and
-# multiplies 990 TFLOP/s: 45 kB take 13.5 ns, their 8.7 MFLOP 8.7 ns. So the scan is a walk over
-# memory with matmuls on the way, and a design is good if it moves little.
+# Memory traffic limits the scan. At the 9B's shape (h 128, p 80, n 128, g 8, bf16) the forward
+# reads x, B, C and dt and writes y, 45 kB per token; the backward moves 70 kB. An H100 moves 3.35
+# TB/s and computes 990 TFLOP/s: 45 kB take 13.5 ns, their 8.7 MFLOP take 8.7 ns.
 #
-# The usual split is one kernel per step of the algorithm. Each hands states or scores, which are
-# larger than x, on through memory. Here one program walks one head's tokens, a tile of 64 at a
-# time, with the state (n, p) in registers:
+# Usually each step of the algorithm is a kernel, and states and scores, which are larger than x,
+# pass through memory. Here one program walks one head's tokens, a tile of 64 at a time, with the
+# state (n, p) in registers:
 #
 #     M = (C B^T) * decays * dt          (l, l)    a tile's scores, in registers
 #     y = M x + into * (C S) + D x       (l, p)    written once
 #     S = keep S + B^T (out * x)         (n, p)    stays where it is
 #
 # x is read once. Each of a group's heads computes C B^T again (29% more multiplications than once
-# per group) from operands in L2, and its result never leaves the SM. What is lost is parallelism
-# over time: there are b h programs. The 128 heads of the 9B fill the 132 SMs of an H100; a small
-# model with one sequence leaves most of them idle.
+# per group) from operands in L2, and the result never leaves the SM. Only b h programs run: the 128
+# heads of the 9B fill an H100's 132 SMs, but a small model with one sequence leaves most idle.
 #
-# The backward cannot stay in one program: dB and dC are sums over a group's heads, and atomics
-# would add them in another order each time. A chunk is two tiles. In this order:
+# The backward takes several kernels: dB and dC are sums over a group's heads, which atomics would
+# add in another order each time. A chunk is two tiles. The kernels, in order:
 #
 #     states      program = n-tile, head       S entering every chunk, from x, B
 #     states      the same, last chunk first   R = dS leaving every chunk, and <S, R>, from dy, C, S
-#     dx          tile, group; loops heads     dx, ddt, dcs, and dG, the scores' gradient over heads
+#     dx          tile, group; loops heads     dx, ddt, dcs, and dG, the sum of dscores over heads
 #     dC, then dB tile, group; loops heads     dG B + sum_h (into dy) S^T; the rest of dcs
 #
 # S and R are the largest part of the traffic; with chunks of one tile they would be twice as large.
-# They are scratch of 41 kB per token, twice x, while a layer's backward runs. The three score tiles
-# of a chunk (two on the diagonal, one below) never leave the SM. The one below takes a second pass
-# over the heads, which finds x, dy and dx in L2: registers hold the gradients of one tile, not of
-# two (one pass spilled 1.2 kB per thread, two spill 0.1 to 0.6 kB). Carrying R and S to the chunk's
-# middle would need no second pass, but then a pair of tokens enters the decays' gradient by two
-# differently rounded ways that no longer cancel: dA was off by 6% in bf16. Only inputs are saved.
+# They take 41 kB of scratch per token, twice x, during a layer's backward. A chunk's three score
+# tiles (two on the diagonal, one below) never leave the SM. The one below takes a second pass over
+# the heads, which finds x, dy and dx in L2, as registers hold the gradients of one tile only (one
+# pass spilled 1.2 kB per thread, two spill 0.1 to 0.6 kB). Carrying R and S to the chunk's middle
+# would save the second pass, but then each pair of tokens adds two differently rounded terms to the
+# decays' gradient, which no longer cancel: dA was off by 6% in bf16. Only inputs are saved.
 #
-# Bytes per token at that shape, every tensor once per kernel (mamba_ssm at e9594ce, chunk 256;
-# `python -m bench.ssm` counts each kernel):
+# Bytes per token there, each tensor once per kernel (mamba_ssm at e9594ce with chunks of 256):
 #                 compulsory   mamba_ssm            here
 #     forward     45,312       147,712  3.3 x        49,920  1.1 x
 #     backward    70,144       538,880  7.7 x       305,408  4.4 x
 #
-# Written for the compiler as much as for the reader:
-#   * Softplus, A and the cumulative sum stay in torch, where autograd has them, as (b, h, t).
+# Further choices:
+#   * Softplus, A and the cumulative sum are left to torch and autograd, as (b, h, t).
 #   * Head dims are sums of two powers of two, 80 = 64 + 16: padding to 128 would be 1.6 x the work.
-#   * No accumulator is transposed on its way into a dot, which Triton 3.4 to 3.7.0 miscompiles on
-#     Hopper (fla-org/flash-linear-attention issue 640): what is needed as (j, i) is computed so.
-#   * maxnreg=255: left alone, ptxas at times settles on 128 or 40 registers and spills kilobytes.
+#   * No accumulator is transposed before a dot, which Triton 3.4 to 3.7.0 miscompiles on Hopper
+#     (fla-org/flash-linear-attention issue 640): scores needed as (j, i) are computed as (j, i).
+#   * maxnreg=255: without it, ptxas sometimes picks 128 or 40 registers and spills kilobytes.
 #   * 64-bit offsets for row, head and time, 32-bit inside a tile.
-#   * Exponents are differences of cumulative sums, clamped at 0: parallel sums are not monotone.
 
-# Triton is imported where torch is built for CUDA, or where its interpreter is asked for.
+# Triton is imported if torch is built for CUDA, or if TRITON_INTERPRET asks for its interpreter.
 TRITON = (bool(torch.version.cuda or "TRITON_INTERPRET" in os.environ)
           and importlib.util.find_spec("triton") is not None)
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -751,13 +736,13 @@ def _dot(a, b, acc=None):
 
 @jit
 def _decay(late, early):
-    """From one cumulative sum to a later one, at most 1."""
+    """From one cumulative sum to a later one; at most 1, though parallel sums are not monotone."""
     return tl.exp(tl.minimum(late - early, 0.0))
 
 
 @jit
 def _read(m, rows, stride, cols, ok):
-    """A tile of m, rows beyond the end 0 whatever memory holds."""
+    """A tile of m; rows beyond the end are 0, whatever memory holds there."""
     return tl.load(m + rows[:, None] * stride + cols[None, :], mask=ok[:, None], other=0.0)
 
 
@@ -782,10 +767,10 @@ def _tile_output(S, xl, M, Bl, Cl, into, out, keep):
 
 @jit
 def _tile_decays(cs, dt, doc, line, documents, k, TILE: constexpr, PACKED: constexpr):
-    """Of tile k: cumulative sums, dt, decays from its start, to its end (times dt), across it."""
+    """Tile k's cumulative sums, dt and decays: from its start, to its end (times dt), across it."""
     at, i = line + k * TILE, tl.arange(0, TILE)
     l, d = tl.load(cs + at + i), tl.load(dt + at + i)
-    begin = tl.load(cs + at - 1, mask=k % 2 > 0, other=0.0)     # sums start with a chunk
+    begin = tl.load(cs + at - 1, mask=k % 2 > 0, other=0.0)     # each chunk's sums start at 0
     end = tl.load(cs + at + TILE - 1)
     into, out, keep = _decay(l, begin), _decay(end, l) * d, _decay(end, begin)
     if PACKED:
@@ -804,7 +789,7 @@ def _scan_kernel(x, B, C, cs, dt, doc, D, y, S_in, S_out, t, T, h, r,
     """Program (head, row) walks its tiles; see the essay above.
 
     x (b, t, h, p), B, C (b, t, g, n) by strides; cs, dt (b, h, T) fp32, T whole chunks, cs summed
-    from each chunk's start; doc (b, 1 + T), the first column the number before the first token;
+    from each chunk's start; doc (b, 1 + T), its first column is for what is before the tokens;
     S_in (b, h, p, n); writes y (b, t, h, p) and S_out (b, h, p, n)."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     P: constexpr = P0 + P1
@@ -834,7 +819,7 @@ def _scan_kernel(x, B, C, cs, dt, doc, D, y, S_in, S_out, t, T, h, r,
             causal = causal & (own[:, None] == own[None, :])
         E = tl.where(causal, _decay(l[:, None], l[None, :]) * d[None, :], 0.0)
 
-        # (i, j), target by source; then the head's columns in one or two parts.
+        # M is (i, j), target by source. The head's columns follow in one or two parts.
         M = (G * E).to(x0.dtype)
         Y, S0 = _tile_output(S0, x0, M, Bl, Cl, into, out, keep)
         _write(y, i, h * P, p0, ok, Y + skip * x0)
@@ -854,10 +839,10 @@ def _scan_kernel(x, B, C, cs, dt, doc, D, y, S_in, S_out, t, T, h, r,
 def _states_kernel(V, U, cs, dt, doc, first, states, last, other, inner, t, T, h, r,
                    V_b, V_t, V_h, U_b, U_t, U_g, P0: constexpr, P1: constexpr, N: constexpr,
                    BN: constexpr, TILE: constexpr, PACKED: constexpr, REVERSE: constexpr):
-    """Program (n-tile, head, row) walks all tiles: the states at every chunk's edge, and the last.
+    """Program (n-tile, head, row) walks all tiles; writes each chunk's edge state and the last one.
 
-    Forward, V = x and U = B: the state that enters. REVERSE, V = dy and U = C: R, the gradient of
-    the state that leaves, and inner = <S, R> with S = other, the state that entered there.
+    Forward, V = x and U = B: the state that enters a chunk. REVERSE, V = dy and U = C: R, the
+    gradient of the state that leaves it, and inner = <S, R> with S = other, the state that enters.
     first, last (b, h, p, n) fp32; states, other (b, c, h, p, n); inner (b, c, h, n-tiles)."""
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, tiles = tl.program_id(2).to(tl.int64), T // TILE
@@ -903,12 +888,12 @@ def _states_kernel(V, U, cs, dt, doc, first, states, last, other, inner, t, T, h
 def _dx_kernel(x, dy, B, C, cs, dt, doc, D, R, dx, dG, ddt, dcs, dcs_late, dend, dD, t, T, h, g, r,
                x_b, x_t, x_h, y_b, y_t, y_h, B_b, B_t, B_g, C_b, C_t, C_g,
                P0: constexpr, P1: constexpr, N: constexpr, TILE: constexpr, PACKED: constexpr):
-    """Program (tile, group, row), loops over the group's heads; scores are (j, i): source, target.
+    """Program (tile, group, row) loops over the group's heads; scores are (j, i): source, target.
 
-    dG (b, tiles, g, 2, TILE, TILE) is their gradient summed over heads: targets in the same tile,
-    targets in the chunk's next tile. dcs (b, h, T) takes what the tokens give as sources and get as
-    targets inside the tile; dcs_late what they get from the tile before; dend (b, tiles, h) what
-    the chunk's last position gets; dD (b, tiles, h)."""
+    dG (b, tiles, g, 2, TILE, TILE) is their gradient summed over heads, for targets in the same
+    tile and in the chunk's next tile. The gradient of cs comes in parts: dcs (b, h, T) from tokens
+    as sources, and as targets inside the tile; dcs_late as targets of the tile before them; dend
+    (b, tiles, h) for the chunk's last position. dD (b, tiles, h)."""
     k, group, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     P: constexpr = P0 + P1
     i, n, p0 = tl.arange(0, TILE), tl.arange(0, N), tl.arange(0, P0)
@@ -926,7 +911,7 @@ def _dx_kernel(x, dy, B, C, cs, dt, doc, D, R, dx, dG, ddt, dcs, dcs_late, dend,
     dG += ((row * tl.num_programs(0) + k) * g + group) * 2 * TILE * TILE
     dG += i[:, None] * TILE + i[None, :]
     to_end = (2 - k % 2) * TILE - 1                             # the chunk's last position
-    moves = (i < tl.minimum(to_end, t - 1 - k * TILE)).to(tl.float32)   # from the end none decays
+    moves = (i < tl.minimum(to_end, t - 1 - k * TILE)).to(tl.float32)   # 0 at the chunk's end
     if PACKED:
         docs = doc + row * (T + 1) + 1 + k * TILE
         own, after = tl.load(docs + i), tl.load(docs + to_end)
@@ -957,10 +942,10 @@ def _dx_kernel(x, dy, B, C, cs, dt, doc, D, R, dx, dG, ddt, dcs, dcs_late, dend,
                 M = (G * E).to(x0.dtype)
                 W *= E                                          # dM * decays
                 dGs += W * d[:, None]
-                W *= G                                          # and times the scores
+                W *= G                                          # dM * decays * scores
                 du = tl.sum(W, 1)
 
-                if late == 0:                       # and the state that leaves the chunk
+                if late == 0:                       # add the state that leaves the chunk
                     W = tl.where(diagonal, 0.0, W)              # the diagonal does not decay
                     dl = tl.sum(W * d[:, None], 0) - d * tl.sum(W, 1)
                     tail = _decay(tl.load(cs + line + m * T + to_end), l)
@@ -980,7 +965,7 @@ def _dx_kernel(x, dy, B, C, cs, dt, doc, D, R, dx, dG, ddt, dcs, dcs_late, dend,
                     tl.store(ddt + at, du + through_R)
                     tl.store(dcs + at, dl - crossing)
                     tl.store(dend + spot + m, tl.sum(crossing))
-                else:                               # on top of what the first pass wrote
+                else:                               # add to what the first pass wrote
                     tl.store(dcs_late + at + TILE, tl.sum(W * d[:, None], 0))
                     tl.store(ddt + at, tl.load(ddt + at) + du)
                     tl.store(dcs + at, tl.load(dcs + at) - d * du)
@@ -998,7 +983,7 @@ def _dBC_kernel(V, own, other, cs, dt, doc, S, dG, out, dcs, dcs_late, dend, inn
                 V_b, V_t, V_h, own_b, own_t, own_g, other_b, other_t, other_g,
                 P0: constexpr, P1: constexpr, N: constexpr, TILE: constexpr, PACKED: constexpr,
                 FOR_B: constexpr):
-    """Program (tile, group, row), loops over the group's heads: dC, or FOR_B dB, without atomics.
+    """Program (tile, group, row) loops over the group's heads: dC, or dB if FOR_B; no atomics.
 
     dC: V = dy, own = C, other = B, S the states that entered; completes dcs.
     dB: V = x, own = B, other = C, S = R."""
@@ -1024,7 +1009,7 @@ def _dBC_kernel(V, own, other, cs, dt, doc, S, dG, out, dcs, dcs_late, dend, inn
     # Through the states, head by head.
     V += row * V_b + start * V_t + head * V_h
     chunk = (row * (tl.num_programs(0) // 2) + k // 2) * h + head
-    S += chunk * P * N                                          # chunk counts heads, too
+    S += chunk * P * N                                          # `chunk` includes the head
     line, spot = (row * h + head) * T + start, (row * tl.num_programs(0) + k) * h + head
     to_end = (2 - k % 2) * TILE - 1                             # the chunk's last position
     if PACKED:
@@ -1063,9 +1048,8 @@ def _dBC_kernel(V, own, other, cs, dt, doc, S, dG, out, dcs, dcs_late, dend, inn
 
 
 # (warps, pipeline stages) of each kernel: for 16-bit inputs by the GPU's generation (8: A10G, A100;
-# 9: H100, H200), and for fp32. Registers bind: 8 warps of 255 are all that an SM has. Chosen by
-# what the compiler makes of them (tests/aot.py prints it), the least spill and then the deepest
-# pipeline, not by time, which has not been measured.
+# 9: H100, H200), and for fp32. Registers are the limit: 8 warps with 255 per thread fill an SM.
+# Chosen from the compiler's report (tests/aot.py), not by time: least spill, then deepest pipeline.
 OPTIONS = {
     "_scan_kernel": {8: (8, 2), 9: (8, 3), "fp32": (8, 1)},     # a third stage spills less on 9
     "_states_kernel": {8: (4, 1), 9: (4, 3), "fp32": (8, 1)},   # no spills; two programs per SM
@@ -1075,12 +1059,12 @@ OPTIONS = {
 
 
 def generation(device):
-    """The first digit of a CUDA device's compute capability; elsewhere an A10G's."""
+    """The first digit of a CUDA device's compute capability; 8 for other devices."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
 def launch(kernel, grid, x, *arguments, **constants):
-    """A kernel, with options by x's dtype, on x's device, which need not be the current one."""
+    """Run a kernel with the options for x's dtype, on x's device, current or not."""
     column = generation(x.device) if x.element_size() == 2 else "fp32"
     warps, stages = OPTIONS[kernel.__name__][column]
     stages = stages if constants["N"] <= 128 else 1     # a state of 256 leaves no room for a second
@@ -1101,7 +1085,7 @@ def split_head_dim(p):
 
 
 def _states(V, U, cs, dt, doc, first, constants, other=None):
-    """The states at chunks' edges (b, c, h, p, n), the last one, <S, R>; with other backwards."""
+    """The states at chunks' edges (b, c, h, p, n), the last one, <S, R>; backwards if other."""
     b, t, h, p = V.shape
     n, T = U.shape[3], cs.shape[2]
     width, chunks = min(n, 64), T // (2 * constants["TILE"])
@@ -1153,7 +1137,7 @@ class _TritonScan(torch.autograd.Function):
 
 
 def walkable(m):
-    """m (b, t, heads, .) with unit stride last, a tile's rows and a row's heads in 32-bit reach."""
+    """m (b, t, heads, .), copied unless its last stride is 1 and 32-bit offsets are enough."""
     near = m.stride(1) < 2 ** 24 and m.stride(2) * m.shape[2] < 2 ** 31
     return m if m.stride(3) == 1 and near else m.contiguous()
 
@@ -1167,9 +1151,9 @@ def unsupported(x, B):
     if split_head_dim(p) is None or n not in (16, 32, 64, 128, 256) or p * n > most:
         return (f"head dim {p} with state {n}; the kernels take head dims of 16 to 256 that are a "
                 f"power of two or a sum of two (48, 80, 96), states of 16, 32, 64, 128 or 256, "
-                f"and at most {most} numbers per head in {str(x.dtype)[6:]}")
+                f"and at most {most} state elements per head in {str(x.dtype)[6:]}")
     if not TRITON:
-        return "triton is not here: it comes with CUDA builds of torch, or with TRITON_INTERPRET=1"
+        return "triton is not loaded: that needs a CUDA build of torch, or TRITON_INTERPRET=1"
     if not x.is_cuda and not INTERPRETED:
         return f"x is on {x.device}; the kernels run on CUDA, elsewhere with TRITON_INTERPRET=1"
     if x.is_cuda and generation(x.device) not in (8, 9):
@@ -1179,12 +1163,11 @@ def unsupported(x, B):
 
 
 def ssd_triton(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None, chunk_size=128):
-    """The scan by GPU kernels, forward and backward; the same bits every time. (torch counts its
-    own cumsum on CUDA, which is used here, among what is not deterministic.)
+    """The scan by GPU kernels, forward and backward; repeated runs give the same bits. (torch lists
+    its own cumsum on CUDA, which is used here, as not deterministic.)
 
-    Arguments, results and errors as in `ssd_recurrent`; and ValueError, saying what is supported,
-    for dtypes, head dims, states and devices that the kernels do not take. dt, A, D and the states
-    are read as fp32. chunk_size is not used: a chunk is two tiles of 64 tokens, of 32 in fp32."""
+    Arguments, results and errors as in `ssd_recurrent`, and ValueError for what `unsupported` says.
+    dt, A, D and the states are read as fp32. A chunk is two tiles; chunk_size is not used."""
     S0, doc = _prepare(x, dt, A, B, C, D, initial_states, seq_idx)
     reason = unsupported(x, B)
     devices = {m.device for m in (x, dt, A, B, C, D, initial_states, seq_idx) if m is not None}
