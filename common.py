@@ -1,12 +1,12 @@
-"""What all scripts share and no stage is about: flags, errors, devices, processes, run folders.
+"""What all scripts share: flags, errors, devices, processes, files and run folders.
 
     flags       fields of a script's `Run` dataclass: default, help, bounds and choices in one place
-    errors      what a user can cause is raised as ValueError or OSError with one line; `script`
-                prints it and exits with code 2 (TRACEBACK=1 shows where it came from)
+    errors      an error that the user can cause is a ValueError or OSError with one line; `script`
+                prints it and exits with code 2 (TRACEBACK=1 prints the traceback instead)
     processes   torchrun: every process computes, the first one prints and writes
-    files       written under a temporary name and renamed: a file is old or new, never half
-    run folder  `RunFolder`: train_state.pt (everything that resuming needs), metrics.jsonl (one
-                object per step, the last one the result), a lock while a process is at work
+    files       written under a temporary name and renamed, so that none is ever half written
+    run folder  `RunFolder`: train_state.pt (all that resuming needs), metrics.jsonl (one object per
+                step, and the result at the end), a lock while a process is at work
 """
 
 import argparse
@@ -38,8 +38,8 @@ RUN_FILES = "config.json model.safetensors tokenizer.json metrics.jsonl train_st
 
 
 def flag(default, help, *, choices=None, nargs=None, session=False, **bounds):
-    """A dataclass field that is also a command-line flag. bounds of a number: see BOUNDS. session:
-    it changes nothing that is computed, so a run may resume with another value."""
+    """A dataclass field that is also a command-line flag. bounds: of a number, see BOUNDS. session:
+    the flag does not change what is computed, so a run may resume with another value."""
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, nargs=nargs, session=session, bounds=bounds))
 
@@ -84,11 +84,11 @@ def parse_flags(cls, argv=None):
 
 def script(run_class):
     """Decorate main(run) -> result: it becomes main(argv=None), which makes the run from flags and
-    prints the result as the last line, in JSON. An error that the user can cause is one line and
-    exit code 2; Ctrl-C exits with 130."""
+    prints the result as the last line, in JSON. An error that the user can cause prints one line
+    and exits with code 2; Ctrl-C exits with 130."""
     def decorate(main):
         def from_command_line(argv=None):
-            for stream in (sys.stdout, sys.stderr):     # for a console that lacks a character
+            for stream in (sys.stdout, sys.stderr):     # a console may lack a character
                 if hasattr(stream, "reconfigure"):
                     stream.reconfigure(errors="replace")
             try:
@@ -109,7 +109,7 @@ def script(run_class):
 
 class StopRequest:
     """A context in which Ctrl-C, or the SIGTERM of a scheduler, sets .asked, so that a loop can end
-    after a whole step. A second one interrupts at once."""
+    after a whole step. A second signal interrupts at once."""
 
     def __enter__(self):
         self.asked = False
@@ -126,7 +126,7 @@ class StopRequest:
             signal.signal(number, before)
 
     def asked_anywhere(self):
-        """Whether any process was asked: all must leave a loop after the same step."""
+        """Whether any process was asked to stop: all must leave the loop after the same step."""
         votes = [self.asked] * rank_and_size()[1]
         if len(votes) > 1:
             dist.all_gather_object(votes, self.asked)
@@ -134,7 +134,8 @@ class StopRequest:
 
 
 def pick_device(name):
-    """auto is cuda, mps or cpu, the first that is there. Raises ValueError for one that is not."""
+    """The name of the device; auto: the first of cuda, mps, cpu that is there. Raises ValueError if
+    the named one is not."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else \
             "mps" if torch.backends.mps.is_available() else "cpu"
@@ -150,13 +151,13 @@ def pick_device(name):
 
 
 def cpu_flags():
-    """Vendor and instruction sets of this CPU as /proc/cpuinfo lists them; empty off Linux."""
+    """Vendor and instruction sets of this CPU, from /proc/cpuinfo; empty except on Linux."""
     path = pathlib.Path("/proc/cpuinfo")
     return set(path.read_text().split()) if path.exists() else set()
 
 
 def pick_dtype(name, device):
-    """float32 or bfloat16 as named; auto is bfloat16 where the device has arithmetic for it."""
+    """float32 or bfloat16 as named; auto: bfloat16 if the device has arithmetic for it."""
     if name == "auto":
         fast = device != "cpu" or cpu_flags() & {"avx512_bf16", "amx_bf16"}
         name = "bfloat16" if fast else "float32"
@@ -164,18 +165,18 @@ def pick_dtype(name, device):
 
 
 def tune_cpu():
-    """Make two process-wide CPU settings and return them in words. Together they took a default
-    training step in fp32 from 480 to 312 ms (AMD EPYC Zen 5, 2 cores, medians of 15, idle).
+    """Change two CPU settings of this process and return them in words. Together they took a
+    default fp32 training step from 480 to 312 ms (AMD EPYC Zen 5, 2 cores, medians of 15, idle).
 
     Memory: glibc returns blocks over 32 MB to the kernel at every free, and the next allocation
-    pays a page fault per 4 KB; here they are kept. Matmul: torch gives fp32 products to MKL, which
-    does not use the full vector width of AMD's AVX-512 cores. oneDNN does, and takes them when bf16
-    is *allowed*; it still computes in fp32 on CPUs without AMX."""
+    pays a page fault per 4 KB; this setting keeps the blocks. Matmul: torch uses MKL for fp32,
+    which does not use the full vector width of AMD's AVX-512 cores. oneDNN does, and torch uses it
+    when bf16 is *allowed*; on CPUs without AMX, oneDNN still computes in fp32."""
     done, flags = [], cpu_flags()
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no block of its own mapping
-        libc.mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD: keep what is freed
+        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no separate mapping per block
+        libc.mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD: keep freed memory
         done.append("freed memory is kept")
     if {"AuthenticAMD", "avx512f"} <= flags and "amx_bf16" not in flags:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
@@ -184,7 +185,7 @@ def tune_cpu():
 
 
 def free_bytes(device="cpu"):
-    """Memory that this process could take now: of the GPU, or of the machine or its container."""
+    """Bytes that this process could allocate now: on the GPU, or in the machine or container."""
     if str(device).startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -198,7 +199,7 @@ def free_bytes(device="cpu"):
 
 
 def start_processes(device):
-    """Join the processes of torchrun, if it runs; only the first one prints. -> (rank, size)"""
+    """Join the processes of torchrun, if any; only the first one prints. Returns (rank, size)."""
     if "RANK" in os.environ and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -209,7 +210,7 @@ def start_processes(device):
 
 
 def rank_and_size():
-    """Of this process; (0, 1) without torchrun."""
+    """This process's number and the number of processes; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -244,12 +245,12 @@ def read_json(path):
 
 
 def replace_file(path, write):
-    """Call write(temporary path), then rename onto path."""
+    """Call write(temporary path), then rename that file to path."""
     temporary = pathlib.Path(f"{path}.tmp")
     try:
         write(temporary)
-        os.umask(umask := os.umask(0o077))          # the only way to read it
-        temporary.chmod(0o666 & ~umask)             # safetensors writes for the owner alone
+        os.umask(umask := os.umask(0o077))          # it can only be read by setting it
+        temporary.chmod(0o666 & ~umask)             # safetensors lets only the owner read
         temporary.replace(path)
     except Exception as error:
         temporary.unlink(missing_ok=True)
@@ -265,7 +266,7 @@ def write_json(path, value):
 
 
 def read_rows(path):
-    """The objects of a file of JSON lines; a line that was cut short ends them."""
+    """The objects of a file of JSON lines, up to the first incomplete line."""
     rows = []
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
@@ -274,14 +275,14 @@ def read_rows(path):
 
 
 def settings_of(run):
-    """{flag: value} of everything in a run that changes what is computed; sequences as lists."""
+    """{flag: value} of all flags that change what is computed; sequences as lists."""
     values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)
               if not field.metadata["session"]}
     return json.loads(json.dumps(values))
 
 
 class Unsaved:
-    """In place of a RunFolder where nothing is to be kept."""
+    """Replaces a RunFolder when nothing is to be saved."""
 
     def __init__(self):
         self.state, self.rows = None, []
@@ -291,17 +292,17 @@ class Unsaved:
 
 
 class RunFolder(contextlib.AbstractContextManager):
-    """One run's folder, held by one process group from `with` to its end.
+    """The folder of one run, locked by one group of processes until the `with` block ends.
 
     Opening writes nothing. .state is the checkpoint to resume from, or None; .rows is the log up to
-    it; .result is what a finished run reported, or None. Raises FileExistsError rather than mixing
-    two runs, ValueError for a checkpoint that is not one."""
+    it; .result is what a finished run reported, or None. Raises FileExistsError if the folder holds
+    another run, ValueError for a broken checkpoint."""
 
     def __init__(self, path, settings, overwrite=False):
         self.path, self.settings, self.overwrite = pathlib.Path(path), settings, overwrite
         self.lock, self.first = filelock.FileLock(self.path / ".lock"), rank_and_size()[0] == 0
         self.state_file, self.log_file = self.path / "train_state.pt", self.path / "metrics.jsonl"
-        self.notes = {}                 # what else every checkpoint is to hold
+        self.notes = {}                 # further entries of every checkpoint
         self.hold()
         try:
             self.state = None if overwrite else self.read_state()
@@ -316,7 +317,7 @@ class RunFolder(contextlib.AbstractContextManager):
         self.lock.release(force=True)
 
     def hold(self):
-        """Keep other processes of this machine out of the folder, if it is there."""
+        """Lock the folder, if it exists, against other processes of this machine."""
         try:
             if self.first and self.path.is_dir():
                 self.lock.acquire(blocking=False)
@@ -325,7 +326,7 @@ class RunFolder(contextlib.AbstractContextManager):
                                   "or choose another --out") from None
 
     def read_state(self):
-        """The checkpoint of a run with these settings, None in a folder without a run's files."""
+        """The checkpoint of a run with these settings; None if the folder has no files of a run."""
         found = [name for name in RUN_FILES if (self.path / name).exists()]
         if not found:
             return None
@@ -335,7 +336,7 @@ class RunFolder(contextlib.AbstractContextManager):
         try:
             state = torch.load(self.state_file, map_location="cpu", weights_only=True)
             theirs = state["settings"]
-        except Exception as error:      # torch raises many kinds for a file that is not its own
+        except Exception as error:      # torch raises many kinds of error for a broken file
             raise ValueError(f"{self.state_file} cannot be read ({type(error).__name__}): move it "
                              "away, or --overwrite") from None
         for name in {**theirs, **self.settings}:
@@ -346,16 +347,16 @@ class RunFolder(contextlib.AbstractContextManager):
         return state
 
     def begin(self, model, optimizer):
-        """Make the folder, or clear what an overwritten run left, its checkpoint last; cut the log
-        at the checkpoint. Load that, or save the first one. Returns its step."""
+        """Make the folder, or delete the files of an overwritten run, its checkpoint last. Truncate
+        the log at the checkpoint. Load the checkpoint, or save the first. Returns its step."""
         if rank_and_size()[1] > 1:
-            dist.barrier()                          # all have looked before one of them writes
+            dist.barrier()                          # all have read before one of them writes
         if self.first:
             self.path.mkdir(parents=True, exist_ok=True)
             self.hold()
             if self.state is None:
                 if not self.overwrite:
-                    self.read_state()               # what came since it was opened is refused
+                    self.read_state()               # refuses files that came since it was opened
                 for parts in self.path.glob("train_state-[0-9]*"):
                     shutil.rmtree(parts)
                 for name in RUN_FILES:
@@ -376,8 +377,8 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def save(self, step, model, optimizer):
         """Write train_state.pt, whole or not at all. At step 0 it has no tensors: the seed makes
-        them again. Several processes first write their parts into a folder beside it, which the
-        file names, so that a kill in between leaves the checkpoint of before."""
+        them again. Several processes first write their parts into a folder, which the file then
+        names, so that a kill in between leaves the previous checkpoint."""
         before, tensors = self.state, training_tensors(model, optimizer) if step else {}
         self.state = dict(self.notes, settings=self.settings, step=step, rng=torch.get_rng_state())
         if rank_and_size()[1] > 1 and step:
@@ -390,8 +391,8 @@ class RunFolder(contextlib.AbstractContextManager):
                 shutil.rmtree(self.path / before["parts"])
 
     def load(self, model, optimizer):
-        """Put the checkpoint into model, optimizer and torch's generator, whatever number of
-        processes wrote it. Raises ValueError if it is not whole."""
+        """Load the checkpoint into model, optimizer and torch's generator. Any number of processes
+        may have written it. Raises ValueError if it is incomplete."""
         torch.set_rng_state(self.state["rng"])
         if not self.state["step"]:
             return
@@ -399,7 +400,7 @@ class RunFolder(contextlib.AbstractContextManager):
         if parts:
             tensors = training_tensors(model, optimizer)
             try:
-                with warnings.catch_warnings(action="ignore"):      # that one process may read it
+                with warnings.catch_warnings(action="ignore"):      # that one process reads alone
                     dcp.load(tensors, checkpoint_id=self.path / parts)
             except (Exception, dcp.api.CheckpointException) as error:
                 raise ValueError(f"{self.path / parts} cannot be read ({type(error).__name__}): "
@@ -412,5 +413,5 @@ class RunFolder(contextlib.AbstractContextManager):
 
 
 def training_tensors(model, optimizer):
-    """Parameters and moments by parameter name, sharded as the model is."""
+    """Parameters and optimizer moments by parameter name, sharded as the model is."""
     return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))

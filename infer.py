@@ -7,23 +7,23 @@ The 9B was made so that a context of 131072 tokens fits an A10G, in bf16 and at 
     nano-12b-v2          22.929   6 layers  3.000      0.139    26.07    does not fit
     Qwen3-8B             15.256  36 layers 18.000               33.26    does not fit (it has 32k)
 
-The GPU has 22.06 GiB, of which 5% go to the framework and 1.3 GiB to a vision encoder. What remains
-holds the temporaries of prefill. To keep them small, a prompt runs in prefill chunks, no (t, t)
-mask is built, and only the last token gets logits. `plan` knows weights, KV and states by formula,
-and temporaries by running one layer of each type on the meta device, where tensors need no memory.
+The GPU has 22.06 GiB, of which 5% go to the framework and 1.3 GiB to a vision encoder. The other
+19.66 GiB also hold the temporaries of prefill. To keep them small, a prompt runs in prefill chunks,
+no (t, t) mask is built, and only the last token gets logits. `plan` computes weights, KV cache and
+states by formula, and traces temporaries on the meta device, one layer of each type, without data.
 
-Where "up to 6x" comes from. A decode step reads all weights once, and the KV cache and states of
-every sequence. At batch 1 the weights dominate, and a hybrid is no faster than a transformer of
-equal size. At equal batch it is 1.6x as fast. A sequence of 24k tokens takes 0.51 GiB here and 3.4
-GiB in a transformer with 36 attention layers, so that 5 to 8 sequences fit where it has one.
+Where the paper's "up to 6x" comes from. A decode step reads all weights once, and the KV cache and
+states of every sequence. At batch 1 the weights dominate, and a hybrid is no faster than a
+transformer of equal size; at batch 8 it is 1.6x as fast. A sequence of 24k tokens takes 0.51 GiB in
+the 9B and 3.4 GiB in Qwen3-8B, so 5 to 8 sequences fit where Qwen3-8B has room for one.
 
-A KV cache can be truncated to an earlier token, and a recurrent state cannot. A chat, which removes
-each thought from its history, therefore takes a snapshot before the thought. Sources: Nemotron
-Nano 2, arXiv 2508.14444, sections 3 and 4; sampling and chat template of the released model.
+A KV cache can be truncated to an earlier token; a recurrent state cannot. A chat removes each
+thought from its history, so it takes a snapshot of the states before the thought. Sources: Nemotron
+Nano 2, arXiv 2508.14444, sections 3 and 4; the released model's sampling and chat template.
 
 Glossary: as in model.py. prefill: run the prompt | decode: run one new token | KV: the keys and
-values that attention keeps | prefill chunk: tokens of a prompt that are run at once | roofline: the
-least time that reading the bytes, or doing the FLOPs, can take.
+values that attention keeps | prefill chunk: prompt tokens that run at once | roofline: the shortest
+time in which the bytes can be read and the FLOPs done.
 
 Left out: paged caches, continuous batching, speculative decoding, tensor parallelism. For quantised
 weights, convert a run folder with llama.cpp.
@@ -32,7 +32,7 @@ weights, convert a run folder with llama.cpp.
     python infer.py --prompt "def main(" --temperature 0.7 --tokens 300
     python infer.py --checkpoint FOLDER --chat             any Nemotron-H with tokenizer.json
     python infer.py --plan --preset nemotron-nano-9b-v2 --context 131072 --memory-gib 19.66
-    python -m bench.infer                                  the speed, and the plan against memory
+    python -m bench.infer                                  speed; planned against measured memory
 """
 
 import bisect
@@ -59,14 +59,13 @@ from ssm import Linear
 
 
 class DecodeLinear(Linear):
-    """A Linear that gives few fp32 rows on a CPU to oneDNN, when no gradient is needed.
+    """A Linear that uses oneDNN for up to 16 fp32 rows on a CPU, when no gradient is needed.
 
-    A decode step multiplies a few rows with every weight, which is bound by memory. torch gives
-    these products to MKL, with which a step takes 1.2 to 1.8 times as long (toy, small; AMD
-    EPYC)."""
+    A decode step multiplies a few rows with every weight, which is bound by memory. torch uses MKL,
+    with which a step takes 1.2 to 1.8 times as long (presets toy and small, AMD EPYC)."""
 
     def forward(self, x):
-        few = x.numel() <= 16 * x.shape[-1]         # rows
+        few = x.numel() <= 16 * x.shape[-1]
         fp32 = x.dtype == self.weight.dtype == torch.float32
         eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if few and fp32 and x.is_cpu and eager:
@@ -75,7 +74,7 @@ class DecodeLinear(Linear):
 
 
 def speed_up_decode(model):
-    """Make every plain Linear of a model on a CPU a DecodeLinear, in place. Returns the model."""
+    """Turn each plain Linear of a model on a CPU into a DecodeLinear, in place. Returns it."""
     if model.lm_head.weight.is_cpu and torch.backends.mkldnn.is_available():
         for layer in model.modules():
             if type(layer) is Linear:
@@ -85,7 +84,7 @@ def speed_up_decode(model):
 
 @contextlib.contextmanager
 def decode_settings():
-    """Undo, inside, the setting of `tune_cpu`: with it oneDNN takes twice as long for one row."""
+    """A context without the setting of `tune_cpu`, which doubles oneDNN's time for one row."""
     setting = torch.backends.mkldnn.matmul
     before, setting.fp32_precision = setting.fp32_precision, "none"
     try:
@@ -95,7 +94,7 @@ def decode_settings():
 
 
 def load_encoding(folder):
-    """The data.Encoding of a folder with config.json and tokenizer.json, errors in one line."""
+    """The data.Encoding of a model folder. Raises FileNotFoundError or ValueError with one line."""
     folder = pathlib.Path(folder)
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
@@ -110,18 +109,18 @@ def load_encoding(folder):
 
 
 def check_template(folder):
-    """Raises ValueError if a chat template beside the model is not that of Nano 2."""
+    """Raises ValueError if the folder has a chat template that is not that of Nano 2."""
     own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     template = own.read_text(encoding="utf-8") if own.exists() else \
         settings.exists() and read_json(settings).get("chat_template")
     markers = SYSTEM, USER, ASSISTANT, END_TURN
     if template and not all(marker.strip() in str(template) for marker in markers):
-        raise ValueError(f"--chat writes the template of Nemotron Nano 2 ({USER.strip()} ...), and "
+        raise ValueError(f"--chat uses the template of Nemotron Nano 2 ({USER.strip()} ...), but "
                          f"{folder} has another: write its turns out in --prompt")
 
 
 def load_run_model(folder, device="cpu", dtype=None):
-    """A HybridLM for inference, as `load_hf` but in eval mode. dtype None: as stored."""
+    """A HybridLM for inference: `load_hf`, eval mode, faster decoding. dtype None: as stored."""
     return speed_up_decode(load_hf(folder, device, dtype).eval())
 
 
@@ -136,7 +135,7 @@ def load_run(folder, device="cpu", dtype=None):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention on the meta device as a fused kernel allocates it, without (t, kv_len) scores."""
+    """Makes attention on the meta device allocate as a fused kernel does: no (t, kv_len) scores."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -148,7 +147,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def traced_peak(run, *known):
-    """The most bytes that run() holds at once on the meta device, beyond the tensors of `known`."""
+    """Peak bytes that run() allocates on the meta device, beyond the tensors of `known`."""
     tracker = MemTracker()
     tracker.track_external(*known)
     total = lambda moment: sum(m["Total"] for m in tracker.get_tracker_snapshot(moment).values())
@@ -160,7 +159,7 @@ def traced_peak(run, *known):
 
 @torch.inference_mode()
 def workspace_bytes(config, tokens, context, batch=1, dtype=torch.bfloat16):
-    """Most bytes of temporaries, without logits, for the last `tokens` of a context in each row."""
+    """Peak bytes of temporaries, without logits, when the last `tokens` of each context are run."""
     types = "".join(dict.fromkeys(config.pattern))          # one layer of each type is enough
     config = dataclasses.replace(config, pattern=types, vocab_size=16)
     context = max(context, tokens)
@@ -168,7 +167,7 @@ def workspace_bytes(config, tokens, context, batch=1, dtype=torch.bfloat16):
         model = HybridLM(config, dtype).to(dtype)
         x = torch.empty(batch, tokens, config.d_model, dtype=dtype)
     cache = HybridCache(config, batch, context, dtype, "meta")
-    cache.pos = context - tokens        # the tokens before these are in the cache
+    cache.pos = context - tokens        # the earlier tokens are in the cache
 
     def run():
         y = x
@@ -180,26 +179,25 @@ def workspace_bytes(config, tokens, context, batch=1, dtype=torch.bfloat16):
 
 def plan(config, context, batch=1, dtype=torch.bfloat16, prefill_chunk=0, limit=None, snapshots=0,
          advise=True):
-    """What inference needs, computed without weights: a dict
+    """The memory that inference needs, computed without loading weights. Returns a dict:
 
         parts       bytes of weights, kv, ssm_states, conv_states, snapshots, workspace, logits
         total_bytes, limit_bytes, fits, prefill_chunk
-        largest_prefill_chunk, largest_context, largest_batch   with everything else as asked
+        largest_prefill_chunk, largest_context, largest_batch   each with the others as asked
 
-    context: tokens of each of `batch` sequences, prompt and answer. limit: bytes. snapshots: copies
-    of the states. prefill_chunk 0: 1024, halved until the plan fits, but at least one chunk of the
-    scan. The largest sizes are None without a limit or without advise, and 0 where nothing fits.
-    The prefill chunk is at most 64 chunks of the scan; without attention no context is the
-    largest."""
+    context: tokens per sequence, prompt and answer. batch: sequences. limit: bytes. snapshots:
+    copies of the states. prefill_chunk 0: 1024, halved until the plan fits, but at least one chunk
+    of the scan. The largest sizes are None without a limit or advise, and 0 if nothing fits; the
+    prefill chunk is at most 64 chunks of the scan, the context None if there is no attention."""
     work = functools.cache(functools.partial(workspace_bytes, config, dtype=dtype))
 
     def parts_of(context, batch, chunk):
         cache = config.cache_bytes(batch, context, dtype)
-        traced = min(context, 2 ** 15)                      # no mask grows beyond
+        traced = min(context, 2 ** 15)                      # masks do not grow beyond this
         return dict(weights=config.weight_bytes(dtype), kv=cache["kv"], ssm_states=cache["ssm"],
                     conv_states=cache["conv"], snapshots=snapshots * (cache["ssm"] + cache["conv"]),
                     workspace=max(work(1, 1, batch), work(min(chunk, context), traced)),
-                    logits=batch * config.vocab_size * (dtype.itemsize + 4))    # and in fp32
+                    logits=batch * config.vocab_size * (dtype.itemsize + 4))    # also in fp32
 
     fits = lambda *sizes: limit is None or sum(parts_of(*sizes).values()) <= limit
     first, least = (min(prefill_chunk or n, context) for n in (1024, config.chunk_size))
@@ -215,7 +213,7 @@ def plan(config, context, batch=1, dtype=torch.bfloat16, prefill_chunk=0, limit=
             range(1, int(at_most) + 1), False, key=lambda n: not fits(n))
         unit, room = config.chunk_size, limit - parts["weights"]        # tokens, bytes
         units = largest(lambda n: fits(context, batch, n * unit), min(-(-context // unit), 64))
-        whole = context <= 64 * unit and fits(context, batch, context)      # which needs no mask
+        whole = context <= 64 * unit and fits(context, batch, context)      # needs no mask
         found["largest_prefill_chunk"] = context if whole else min(units * unit, context)
         found["largest_batch"] = largest(
             lambda n: fits(context, n, least) or fits(context, n, first),
@@ -225,7 +223,7 @@ def plan(config, context, batch=1, dtype=torch.bfloat16, prefill_chunk=0, limit=
     return found
 
 
-GPUS = {    # GiB as torch reports them, rounded down; GB/s and dense bf16 TFLOP/s of data sheets
+GPUS = {    # GiB as torch reports them, rounded down; GB/s and dense bf16 TFLOP/s by data sheet
     "a10g": (22.06, 600, 70), "l4": (22.0, 300, 121), "rtx4090": (23.5, 1008, 165),
     "a100": (79.1, 2039, 312), "h100": (79.1, 3350, 989), "h200": (139.0, 4800, 989),
 }
@@ -239,9 +237,9 @@ def step_bytes(config, context, batch=1, dtype=torch.bfloat16):
 
 
 def roofline(config, context, batch, bandwidth, flops, dtype=torch.bfloat16):
-    """Ceilings, from bytes/s and FLOP/s: decode tokens/s of the batch, seconds of one prefill."""
+    """Best possible decode tokens/s of the batch and prefill seconds, from bytes/s and FLOP/s."""
     prompt, decode = config.flops_by_part(context), config.flops_by_part(context, decode=True)
-    head = prompt.pop("head")               # of the last token only
+    head = prompt.pop("head")               # runs for the last token only
     seconds = max(step_bytes(config, context, batch, dtype) / bandwidth,
                   batch * sum(decode.values()) / flops)
     return dict(decode_tokens_per_s=batch / seconds,
@@ -251,16 +249,16 @@ def roofline(config, context, batch, bandwidth, flops, dtype=torch.bfloat16):
 # ------------------------------------------------------------------------------------------------
 # Generation: prefill, decode, sample
 
-PENALTY_WINDOW = 256        # the repetition penalty concerns the last so many tokens
+PENALTY_WINDOW = 256        # the repetition penalty applies to the last 256 tokens
 
 # The chat template of the released Nano 2 models. Its markers are special tokens, which `encode`
-# recognises. What people write is encoded as ordinary text, so that nobody can write a marker.
+# recognises. Messages are encoded as ordinary text, so that no user can write a marker.
 SYSTEM, USER, ASSISTANT = "<SPECIAL_10>System\n", "<SPECIAL_11>User\n", "<SPECIAL_11>Assistant\n"
 END_TURN, THINK, END_THINK = "<SPECIAL_12>", "<think>", "</think>"
 
 
 def check_logits(logits):
-    """The logits. Raises ValueError for NaN or infinity; on a GPU, this waits for them."""
+    """Returns the logits. Raises ValueError for NaN or infinity; on a GPU, this waits for them."""
     if not logits.isfinite().all():
         raise ValueError("the logits are not finite (NaN or inf): broken weights or a wrong dtype")
     return logits
@@ -268,7 +266,7 @@ def check_logits(logits):
 
 @torch.inference_mode()
 def prefill(model, cache, tokens, chunk=1024):
-    """Run tokens (b, t) in prefill chunks into the cache. Returns logits (b, v) of the last one."""
+    """Run tokens (b, t) into the cache, chunk by chunk. Returns logits (b, v) of the last token."""
     for piece in tokens.split(chunk, 1):        # (b, chunk)
         logits = model(piece, cache, last_only=True)
     return check_logits(logits[:, -1])
@@ -276,7 +274,7 @@ def prefill(model, cache, tokens, chunk=1024):
 
 @torch.inference_mode()
 def decode_one(model, cache, token):
-    """One token per row, (b,) -> logits (b, v)."""
+    """Run one token per row, (b,) -> logits (b, v)."""
     with decode_settings():
         return model(token[:, None], cache)[:, -1]
 
@@ -284,9 +282,9 @@ def decode_one(model, cache, token):
 class Decoder:
     """`decode_one` for a GPU: decoder(token (b,)) -> logits (b, v), by replaying a CUDA graph.
 
-    Launching the hundreds of small kernels of a step one by one takes longer than they run; a graph
-    launches all at once. It needs shapes that stay: the position is a tensor on the device, and
-    attention reads a fixed kv_len, at most an eighth more than what is filled."""
+    Launching the hundreds of small kernels of a step one by one takes longer than running them; a
+    graph launches all at once. It needs fixed shapes: the position is a tensor on the device, and
+    attention reads a fixed kv_len, at most an eighth more than the filled part (or 256)."""
 
     def __init__(self, model, cache):
         self.model, self.cache, self.graphs = model, cache, {}
@@ -310,12 +308,12 @@ class Decoder:
         return logits
 
     def fixed_kv_len(self, filled):
-        """The next of 256, 288, 320, ... 512, 576, ...: eight lengths per doubling."""
+        """`filled`, rounded up to 256, 288, 320, ... 512, 576, ...: eight lengths per doubling."""
         unit = 1 << max((filled - 1).bit_length() - 4, 5)
         return min(max(-(-filled // unit) * unit, 256), self.cache.max_len)
 
     def step(self, kv_len):
-        """All work on the device: reads self.token and self.pos, returns logits (b, v)."""
+        """The work on the device: reads self.token and self.pos, returns logits (b, v)."""
         cache, pos = self.cache, self.cache.pos
         cache.fixed = self.pos, kv_len
         logits = self.model(self.token[:, None], cache)[:, -1]
@@ -323,7 +321,7 @@ class Decoder:
         return logits
 
     def capture(self, kv_len):
-        """(graph, its logits). The steps that warm up move the states, so these are restored."""
+        """Returns (graph, its logits). Warm-up steps change the states, so these are restored."""
         saved, side = self.cache.snapshot(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -340,7 +338,7 @@ class Decoder:
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Token ids (b,) drawn from logits (b, v). temperature 0 is argmax; top_k 0 and top_p 1 keep
-    all. top_p keeps the fewest tokens whose probability reaches p."""
+    all tokens. top_p keeps the fewest tokens whose probabilities sum to at least p."""
     if temperature < 1e-4:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -349,14 +347,14 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         sorted_logits, order = logits.sort(-1, descending=True)
         probability = sorted_logits.softmax(-1)
-        beyond = probability.cumsum(-1) - probability >= top_p        # those before suffice
+        beyond = probability.cumsum(-1) - probability >= top_p      # those before sum to top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     p = logits.softmax(-1)          # argmax(p / Exp(1)) draws from p, and no GPU waits for the CPU
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 def penalise(logits, ids, penalty):
-    """Logits (v,) with those of recent ids divided by the penalty, or multiplied if negative."""
+    """Logits (v,): those of recent ids are divided by the penalty, or multiplied if negative."""
     if penalty == 1 or not ids:
         return logits
     seen = torch.tensor(sorted(set(ids[-PENALTY_WINDOW:])), device=logits.device)
@@ -365,12 +363,12 @@ def penalise(logits, ids, penalty):
 
 
 def overlap(text, word):
-    """Length of the longest beginning of `word`, short of all of it, that `text` ends with."""
+    """Length of the longest prefix of `word`, but not all of it, that `text` ends with."""
     return max((n for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
 
 
 class TextStream:
-    """Token bytes in, text out: only complete UTF-8, and nothing that may begin a stop string."""
+    """Turns token bytes into text. Holds back incomplete UTF-8 and what may begin a stop string."""
 
     def __init__(self, stop=()):
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -388,7 +386,7 @@ class TextStream:
 
 
 class ThinkingBudget:
-    """Closes a thought at the first newline after `budget` tokens, or `grace` tokens later (Nano 2,
+    """Closes a thought at the first newline after `budget` tokens, or after budget + grace (Nano 2,
     section 3.4). It works on bytes: </think> is one token in some tokenizers, three in others."""
 
     def __init__(self, encoding, budget, grace=500):
@@ -396,35 +394,35 @@ class ThinkingBudget:
         self.count, self.said, self.closed = 0, b"", False
 
     def watch(self, raw):
-        """The ids that must follow a token with these bytes; usually none."""
+        """Returns the ids that must follow a token of these bytes, usually none."""
         if self.closed:
             return []
         self.count, self.said = self.count + 1, (self.said + raw)[-len(raw) - 16:]
         close, over = END_THINK.encode(), self.count - self.budget
         at_newline = over >= 0 and b"\n" in raw
-        by_itself = close in self.said        # the model has closed it
-        self.closed = by_itself or at_newline or over >= self.grace
-        if by_itself or not self.closed:
+        by_model = close in self.said
+        self.closed = by_model or at_newline or over >= self.grace
+        if by_model or not self.closed:
             return []
-        begun = overlap(self.said, close)        # bytes of </think> that were said already
+        begun = overlap(self.said, close)        # bytes of </think> that the model has said already
         rest = close[begun:].decode() if begun or at_newline else "\n" + END_THINK
         return self.encoding.encode(rest)
 
 
 def wants_thinking(text, default=True):
-    """The last /think or /no_think in a message decides."""
+    """Whether a message asks for a thought: its last /think or /no_think, else the default."""
     switches = re.findall("/think|/no_think", text)
     return switches[-1] == "/think" if switches else default
 
 
 def message_ids(encoding, head, text, tail=""):
-    """A message between its markers, without the switches, which the template removes."""
+    """Ids of a message between its markers, without /think and /no_think, as in the template."""
     text = re.sub("/think|/no_think", "", text).strip() + "\n"
     return [*encoding.encode(head), *encoding.encode_ordinary(text), *encoding.encode(tail)]
 
 
 def answer_ids(encoding, text):
-    """An answer as later turns see it: without its thought."""
+    """Ids of an answer as later turns see it: without its thought."""
     visible = text.rpartition(END_THINK)[2].strip()
     return [*encoding.encode_ordinary(visible + "\n"), *encoding.encode(END_TURN + "\n")]
 
@@ -435,22 +433,22 @@ def answer_ids(encoding, text):
 
 @dataclasses.dataclass
 class Settings:
-    """How tokens are chosen and when a text ends. Raises ValueError for what is out of range."""
+    """How tokens are chosen and when a text ends. Raises ValueError for a value out of range."""
 
-    tokens: int = flag(200, "at most so many are generated", at_least=1)
-    temperature: float = flag(0.7, "of the sampling; 0: greedy", at_least=0)
-    top_k: int = flag(0, "sample from so many of the most likely tokens; 0: all", at_least=0)
-    top_p: float = flag(0.95, "draw from the fewest tokens of this probability", above=0, at_most=1)
-    repetition_penalty: float = flag(1.0, f"of the last {PENALTY_WINDOW} tokens; 1: none", above=0)
+    tokens: int = flag(200, "generate at most this many", at_least=1)
+    temperature: float = flag(0.7, "sampling temperature; 0: greedy", at_least=0)
+    top_k: int = flag(0, "sample from the N most likely tokens; 0: all", at_least=0)
+    top_p: float = flag(0.95, "keep the top tokens of total probability X", above=0, at_most=1)
+    repetition_penalty: float = flag(1.0, f"on the last {PENALTY_WINDOW} tokens; 1: none", above=0)
     stop: tuple[str, ...] = flag((), "texts that end the output; they are not shown", nargs="*")
-    think_budget: int = flag(-1, "tokens of a thought in a chat; 0: none, -1: any", at_least=-1)
+    think_budget: int = flag(-1, "tokens per thought in a chat; 0: none, -1: no limit", at_least=-1)
 
     def __post_init__(self):
         check_flags(self)
 
 
 class Row:
-    """One text that is being written. ids: all that was seen or said. room: tokens in the cache."""
+    """One text that is being written. ids: all its tokens. room: new tokens that fit the cache."""
 
     def __init__(self, encoding, ids, seed, settings, room, device="cpu", ends=()):
         self.encoding, self.settings, self.ids = encoding, settings, list(ids)
@@ -461,7 +459,7 @@ class Row:
         self.budget = ThinkingBudget(encoding, settings.think_budget) if limited else None
 
     def choose(self, logits):
-        """The next id: one that must come, or a draw. A closed thought is not opened again."""
+        """The next id, forced or sampled. A closed thought is not opened again."""
         if self.forced:
             return self.forced.pop(0)
         s = self.settings
@@ -472,10 +470,10 @@ class Row:
         return sample(logits[None], s.temperature, s.top_k, s.top_p, self.generator).item()
 
     def accept(self, token):
-        """The text to show after this id. Sets .done at an end token, a stop string or the end."""
+        """Append this id; returns the text to show. Sets .done at an end token, stop or limit."""
         self.ids.append(token)
         self.count += 1
-        ended = token in self.ends                  # it has no text
+        ended = token in self.ends                  # an end token has no text
         last = ended or self.count == self.most
         raw = b"" if ended else self.encoding.decode_single_token_bytes(token)
         if self.budget:
@@ -486,9 +484,9 @@ class Row:
 
 
 def stream_rows(model, rows, cache, logits, stats):
-    """Yield (row number, text) from logits (b, v) on, until all rows have ended."""
+    """Decode from logits (b, v) until all rows have ended. Yields (row number, text)."""
     excluded = torch.full_like(logits[0], -torch.inf)
-    excluded[[*rows[0].encoding.tokenizer.get_vocab().values()]] = 0     # others have no text
+    excluded[[*rows[0].encoding.tokenizer.get_vocab().values()]] = 0     # other ids have no text
     step = Decoder(model, cache) if logits.is_cuda else functools.partial(decode_one, model, cache)
     start = time.perf_counter()
     try:
@@ -506,7 +504,7 @@ def stream_rows(model, rows, cache, logits, stats):
 
 
 def start_rows(model, prompts, cache, chunk=1024, samples=1):
-    """Prefill prompts (lists of ids), each once and alone, each into `samples` rows of the cache.
+    """Prefill each prompt (a list of ids) once, and copy it into `samples` rows of the cache.
     Returns logits (rows, v). There is no padding: a shorter prompt begins later in the cache."""
     device, longest, logits = model.lm_head.weight.device, max(map(len, prompts)), []
     starts = [longest - len(ids) for ids in prompts]        # so that all end at the same position
@@ -526,10 +524,10 @@ def start_rows(model, prompts, cache, chunk=1024, samples=1):
 
 def generate_rows(model, encoding, prompts, settings=None, seeds=None, samples=1, max_len=None,
                   chunk=1024, stats=None):
-    """Yield (row number, text): every prompt (str) continued `samples` times, in one batch.
+    """Continue every prompt (str) `samples` times, in one batch. Yields (row number, text).
 
-    In fp32 a row says what it would say alone; in bf16, whose sums round differently in a batch, 1
-    of 60 greedy texts did not. Sample i of prompt j has seed seeds[j] + i. max_len: tokens per row
+    In fp32 a row gives the same text as alone; in bf16, whose sums round differently in a batch, 1
+    of 60 greedy texts differed. Sample i of prompt j has seed seeds[j] + i. max_len: tokens per row
     of the cache. stats: a dict that receives prompt_tokens, prefill_seconds, tokens, seconds, or a
     Counter that adds them up."""
     settings, seeds = settings or Settings(), seeds or [0] * len(prompts)
@@ -548,7 +546,7 @@ def generate_rows(model, encoding, prompts, settings=None, seeds=None, samples=1
 
 def generate(model, encoding, prompt, max_tokens=200, temperature=0.8, top_k=0, top_p=0.95,
              seed=0, stop=(), max_len=None, stats=None, **more):
-    """Yield the continuation of prompt (str) in complete UTF-8. more: other fields of Settings."""
+    """Yield the continuation of prompt (str) in pieces. more: other fields of Settings."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     settings = Settings(max_tokens, temperature, top_k, top_p, stop=stop, **more)
     rows = generate_rows(model, encoding, [prompt], settings, [seed], max_len=max_len, stats=stats)
@@ -560,15 +558,14 @@ class ContextFull(ValueError):
 
 
 class Chat:
-    """Turns in one cache. history: the ids of all turns as the template writes them, of which the
-    cache has seen the first cache.pos. After an answer the cache returns to before the thought, and
-    the answer is appended to the history without it, so that later turns never see a thought."""
+    """A conversation. history: the ids of all turns; the cache has seen the first cache.pos. Both
+    drop a thought as soon as its answer has ended, so that later turns never see it."""
 
     def __init__(self, model, encoding, max_len, system="", settings=None, chunk=1024):
         self.model, self.encoding, self.chunk = model, encoding, chunk
         self.settings, self.cache = settings or Settings(), model.init_cache(1, max_len)
         self.thinking = wants_thinking(system)
-        self.history = message_ids(encoding, SYSTEM, system)    # this turn is there when empty, too
+        self.history = message_ids(encoding, SYSTEM, system)    # the template has it even if empty
 
     def run(self, ids, stats):
         """Prefill ids. Returns logits (1, v) of the last token."""
@@ -579,7 +576,7 @@ class Chat:
         return logits
 
     def say(self, text, seed=0, stats=None):
-        """Yield the answer, thought included. Raises ContextFull before anything has changed."""
+        """Yield the answer, thought included. Raises ContextFull before it changes anything."""
         stats, encoding, settings = {} if stats is None else stats, self.encoding, self.settings
         asked = wants_thinking(text, self.thinking)
         thinking = asked and settings.think_budget != 0
@@ -608,7 +605,7 @@ class Chat:
             self.cache.restore(before)
             visible = said if END_THINK in said or not thinking else ""
             left = self.cache.max_len - len(self.history)
-            self.history += answer_ids(encoding, visible)[-left:]       # the end, if it is too long
+            self.history += answer_ids(encoding, visible)[-left:]       # if too long, only its end
 
 
 # ------------------------------------------------------------------------------------------------
@@ -616,17 +613,17 @@ class Chat:
 
 
 def verdict(found):
-    """A plan beside its limit, and the largest sizes that fit, in words."""
-    needed, there, weights = (n / GIB for n in (found["total_bytes"], found["limit_bytes"],
+    """A plan compared with its limit, and the largest sizes that fit, in words."""
+    needed, limit, weights = (n / GIB for n in (found["total_bytes"], found["limit_bytes"],
                                                 found["parts"]["weights"]))
     sizes = [(name, found["largest_" + name]) for name in ("prefill_chunk", "context", "batch")]
-    return (f"{needed:.3f} GiB are needed (weights {weights:.3f}), {there:.3f} are there, "
-            f"{there - needed:+.3f} left; the largest that fits, all else as asked: " + ", ".join(
+    return (f"{needed:.3f} GiB are needed (weights {weights:.3f}), {limit:.3f} are there, "
+            f"{limit - needed:+.3f} left; the largest that fits, all else as asked: " + ", ".join(
                 f"{name.replace('_', ' ')} {'any' if n is None else n}" for name, n in sizes))
 
 
 def check_plan(config, limit, context, batch, **more):
-    """The plan of a request that fits; ValueError with the largest sizes if it does not."""
+    """The plan of a request. Raises ValueError with the largest sizes if it does not fit."""
     found = plan(config, context, batch, limit=limit, advise=False, **more)
     if not found["fits"]:
         found = plan(config, context, batch, limit=limit, **more)
@@ -635,7 +632,7 @@ def check_plan(config, limit, context, batch, **more):
 
 
 def show_plan(run):
-    """Print bytes by part, then which GPUs hold the total and what each could do at best."""
+    """Print bytes by part, then for each GPU whether the total fits and the best possible speed."""
     if run.checkpoint and not run.preset:
         config = read_config(pathlib.Path(run.checkpoint))
     else:
@@ -647,8 +644,8 @@ def show_plan(run):
     total, ceilings = found["total_bytes"], {}
     print(f"{config.pattern}: {config.n_params():,} parameters in {str(dtype)[6:]}, {run.batch} x "
           f"{context} tokens, prefill chunks of {found['prefill_chunk']}")
-    print(f"{'':12s}{'GiB':>9s}{'fits':>6s}{'decode tok/s':>14s}{'prefill s':>11s}    (ceilings; "
-          "expect 70%, and a quarter without graphs)")
+    print(f"{'':12s}{'GiB':>9s}{'fits':>6s}{'decode tok/s':>14s}{'prefill s':>11s}    (at best; "
+          "expect 70% of that speed, 25% without CUDA graphs)")
     for name, value in [*found["parts"].items(), ("total", total)]:
         print(f"{name:12s}{value / GIB:9.3f}")
     for name in GPUS if run.gpu == "none" else [run.gpu]:
@@ -668,24 +665,26 @@ DEFAULT_PROMPT, DEFAULT_PROBLEM = "import os\n\n\ndef read_", "7*3-4+8"
 
 @dataclasses.dataclass
 class Run(Settings):
-    """Continue a prompt, chat, or --plan what fits."""
+    """Continue a prompt, chat, or print a memory plan (--plan)."""
 
-    checkpoint: str = flag("", "folder (default: the first of out/compressed, aligned, base)")
+    checkpoint: str = flag("", "model folder (default: the first of out/compressed, aligned, base)")
     prompt: tuple[str, ...] = flag((), "texts to continue, as one batch", nargs="+")
-    samples: int = flag(1, "continuations of every prompt, from one prefill", at_least=1)
+    samples: int = flag(1, "continuations per prompt, from one prefill", at_least=1)
     seed: int = flag(0, "sample i of a prompt has seed + i", at_least=0, at_most=2 ** 63 - 1)
-    context: int = flag(0, "tokens; 0: needed; chat 4096, plan 131072", at_least=0, at_most=2 ** 40)
-    chat: bool = flag(False, "turns from standard input, in the released chat template")
-    system: str = flag("", "in a chat, the system's message; /think or /no_think inside")
+    context: int = flag(0, "tokens per text, prompt included; 0: as many as needed, 4096 in a "
+                        "chat, 131072 in a plan", at_least=0, at_most=2 ** 40)
+    chat: bool = flag(False, "chat from standard input, in the released template")
+    system: str = flag("", "system message of a chat; it may contain /think or /no_think")
     device: str = flag("auto", "auto, cuda, mps or cpu")
-    dtype: str = flag("auto", "auto: as stored; plan bf16", choices=("auto", "float32", "bfloat16"))
-    prefill_chunk: int = flag(0, "tokens run at once; 0: 1024, or what fits", at_least=0)
-    memory_gib: float = flag(0.0, "refuse what needs more; 0: --gpu's, or all free", at_least=0)
-    gpu: str = flag("none", "as --memory-gib: " + ", ".join(GPUS), choices=("none", *GPUS))
-    preset: str = flag("", "in a plan, a name from model.py (default: toy)")
-    pattern: str = flag("", "in a plan, another layer pattern than the preset's")
-    batch: int = flag(1, "in a plan, sequences", at_least=1, at_most=2 ** 40)
-    plan: bool = flag(False, "bytes by part, what fits, ceilings; needs no weights")
+    dtype: str = flag("auto", "float32, bfloat16; auto: as stored, bfloat16 in a plan",
+                      choices=("auto", "float32", "bfloat16"))
+    prefill_chunk: int = flag(0, "prompt tokens run at once; 0: 1024, or what fits", at_least=0)
+    memory_gib: float = flag(0.0, "memory limit; 0: that of --gpu, or what is free", at_least=0)
+    gpu: str = flag("none", "limit memory to that of " + ", ".join(GPUS), choices=("none", *GPUS))
+    preset: str = flag("", "for --plan: a name from model.py (default: toy)")
+    pattern: str = flag("", "for --plan: layer pattern, instead of the preset's")
+    batch: int = flag(1, "for --plan: number of sequences", at_least=1, at_most=2 ** 40)
+    plan: bool = flag(False, "print bytes by part, what fits and best speeds; needs no weights")
 
     def __post_init__(self):
         check_flags(self)
@@ -703,17 +702,17 @@ class Run(Settings):
 
 
 def is_aligned(folder):
-    """Whether align.py made this model, or the one that it was distilled from."""
+    """Whether align.py made this model, or the teacher that it was distilled from."""
     rows = read_rows(folder / "metrics.jsonl")
     result = rows[-1].get("final", {}) if rows else {}
     return "accuracy_by_budget" in result or result.get("student_accuracy") is not None
 
 
 def load_what_fits(run, folder, prompts):
-    """(model, encoding, context, prefill chunk) of a request; nothing is loaded unless it fits."""
+    """Returns (model, encoding, context, prefill chunk). Loads no weights unless the plan fits."""
     device = pick_device(run.device)
     encoding, values = load_encoding(folder), read_json(folder / "config.json")
-    stored = values.get("torch_dtype") or values.get("dtype")        # an old name and its new one
+    stored = values.get("torch_dtype") or values.get("dtype")        # the old and the new name
     dtype = getattr(torch, str(stored if run.dtype == "auto" else run.dtype), torch.float32)
     longest = 1 + max((len(encoding.encode_ordinary(text)) for text in prompts), default=0)
     context = run.context or (4096 if run.chat else longest + run.tokens)
@@ -727,7 +726,7 @@ def load_what_fits(run, folder, prompts):
                        dtype=dtype, prefill_chunk=run.prefill_chunk, snapshots=run.chat + cuda)
     if device == "cpu":
         tune_cpu()
-    elif asked and cuda:            # CUDA refuses what exceeds the limit
+    elif asked and cuda:            # torch then refuses what exceeds the limit
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     model = load_run_model(folder, device, None if run.dtype == "auto" else dtype)
     print(f"{folder}: {config.pattern}, {config.n_params() / 1e6:.1f} M parameters, {device}, "
@@ -735,45 +734,39 @@ def load_what_fits(run, folder, prompts):
     return model, encoding, context, found["prefill_chunk"]
 
 
-def show(pieces):
-    """Print pieces of text as they come. Ctrl-C ends them after the next one. Returns the text."""
-    text = ""
+def show(pieces, n=1):
+    """Join (row number, piece) pairs to n texts, until Ctrl-C; print a single text as it comes."""
+    texts = [""] * n
     with StopRequest() as stop, contextlib.closing(pieces):
-        for piece in pieces:
-            print(piece, end="", flush=True)
-            text += piece
+        for i, piece in pieces:
+            texts[i] += piece
+            print(piece if n == 1 else "", end="", flush=True)
             if stop.asked:
                 break
-    return text
+    return texts
 
 
 def write_texts(run, model, encoding, prompts, context, chunk, stats):
-    """The continuations: one is printed as it comes, several one after the other at the end."""
-    texts = [""] * (len(prompts) * run.samples)
-    alone = len(texts) == 1
-
-    def pieces():
-        for i, piece in generate_rows(model, encoding, prompts, run, [run.seed] * len(prompts),
-                                      run.samples, context, chunk, stats):
-            texts[i] += piece        # rows come in turn
-            yield piece if alone else ""
-
-    print(prompts[0] if alone else "", end="", flush=True)
-    show(pieces())
-    for i, text in enumerate([] if alone else texts):
-        print(f"--- {i + 1} of {len(texts)}\n{prompts[i // run.samples]}{text}")
-    return texts[0] if alone else texts
+    """Continue the prompts. One text is printed as it comes, several are printed at the end."""
+    n = len(prompts) * run.samples
+    print(prompts[0] if n == 1 else "", end="", flush=True)
+    texts = show(generate_rows(model, encoding, prompts, run, [run.seed] * len(prompts),
+                               run.samples, context, chunk, stats), n)
+    for i, text in enumerate(texts if n > 1 else []):
+        print(f"--- {i + 1} of {n}\n{prompts[i // run.samples]}{text}")
+    return texts if n > 1 else texts[0]
 
 
 def converse(run, chat, prompts, stats, once):
-    """The answers to prompts; unless once, then to standard input, until it or the context ends."""
+    """Answer the prompts and, unless `once`, standard input, until it or the context ends."""
     if END_TURN not in chat.encoding.special_tokens_set:
-        print("note: this tokenizer has no token that ends a turn, so the model has seen no chats")
+        print("note: this tokenizer has no token that ends a turn: the model has seen no chats")
     answers, turns = [], list(prompts)
     try:
         while turns or not once:
             text = turns.pop(0) if turns else input("\n> " if sys.stdin.isatty() else "")
-            answers.append(show(chat.say(text, run.seed + len(answers), stats)))
+            seed = run.seed + len(answers)
+            answers += show((0, piece) for piece in chat.say(text, seed, stats))
             print()
     except ContextFull as error:
         print(f"\nthe chat ends here: {error}")
@@ -783,7 +776,7 @@ def converse(run, chat, prompts, stats, once):
 
 
 def peak_bytes(device):
-    """The most memory this process has held: allocated on a CUDA device, else resident in all."""
+    """The peak memory of this process: allocated on a CUDA device, else resident in total."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -800,9 +793,9 @@ def main(run):
     newest = next((path for path in PIPELINE if (path / "config.json").exists()), PIPELINE[-1])
     folder, prompts = pathlib.Path(run.checkpoint or newest), list(run.prompt)
     once = not (run.chat or prompts or run.samples > 1) and is_aligned(folder)
-    if once:            # by default a model that was taught a task shows how it works one out
+    if once:            # by default an aligned model solves a problem
         run, prompts = dataclasses.replace(run, chat=True), [DEFAULT_PROBLEM]
-        print(f"{DEFAULT_PROBLEM} in {folder}, as --chat --prompt {DEFAULT_PROBLEM}:")
+        print(f"{DEFAULT_PROBLEM} in {folder}, as with --chat --prompt {DEFAULT_PROBLEM}:")
     if run.think_budget >= 0 and not run.chat:
         raise ValueError("--think-budget is for --chat, or a model of align.py without --prompt")
     prompts = prompts or ([] if run.chat else [DEFAULT_PROMPT])
@@ -815,8 +808,8 @@ def main(run):
         text = write_texts(run, model, encoding, prompts, context, chunk, stats)
     decode = stats["tokens"] / max(stats["seconds"], 1e-9)
     speed = stats["prompt_tokens"] / max(stats["prefill_seconds"], 1e-9)
-    print(f"\n\n{stats['tokens']} tokens at {decode:.0f} tokens/s, prompt of "
-          f"{stats['prompt_tokens']} at {speed:.0f} tokens/s")
+    print(f"\n\ngenerated {stats['tokens']} tokens at {decode:.0f} tokens/s, prompt of "
+          f"{stats['prompt_tokens']} tokens at {speed:.0f} tokens/s")
     peak = peak_bytes(str(model.lm_head.weight.device))
     return dict(tokens_per_s=decode, prefill_tokens_per_s=speed, peak_bytes=peak, text=text)
 

@@ -4,40 +4,42 @@ Why scale. An 8-bit float has 256 codes. E4M3 (4 bits of exponent, 3 of mantissa
 to 448, E5M2 from 2^-16 to 57344; a gradient of 1e-6 is zero in either. So a tensor is multiplied by
 scale = largest value of the format / its own largest magnitude (amax) and cast to 8 bits. A GEMM of
 two such tensors accumulates in fp32, and its result is divided by both scales. E4M3 keeps 4
-significant bits and E5M2 3, whatever the magnitude: the signal to quantisation noise ratio (SQNR)
-is 31.5 and 25.6 dB, 28.5 and 24.6 dB for a product. Training tolerates the sum of many such errors
-because they are random. --demo shows the two ways in which this fails.
+significant bits and E5M2 3, whatever the magnitude. The signal to quantisation noise ratio (SQNR)
+is 31.5 dB for a tensor in E4M3, 25.6 for one in E5M2, 28.5 for a product of two E4M3 tensors, and
+24.6 for E4M3 x E5M2. Training tolerates the sum of many such errors because they are random. --demo
+shows two ways in which FP8 fails.
 
-The recipes. Both use current scaling: the amax of this very tensor, not of its history.
+The recipes. Both use current scaling: the amax of the tensor itself, not of earlier steps.
 
     nemotron-h  one scale per tensor; E4M3 weights and activations, E5M2 output gradients, which
-                need range more than precision. The exponent absorbs a token that is 3000 times as
-                large as the others; at 30000 the others lose their codes. arXiv 2504.03624, 2.4
+                need range more than precision. The exponent absorbs a token 3000 times as large as
+                the others; at 30000 times the others lose precision. arXiv 2504.03624, section 2.4
     nano2       E4M3 throughout; one scale per 128 x 128 block of a weight and per 1 x 128 tile of
-                activations and gradients, so that an outlier can harm its own tile alone. Without
-                outliers nearly all of the gain, 4 dB in both gradients, is E4M3's. arXiv
+                activations and gradients, so that an outlier harms only its own tile. Without
+                outliers nearly all of the gain, 4 dB in both gradients, comes from E4M3. arXiv
                 2508.14444, section 2, as in DeepSeek-V3
 
 A linear layer has three GEMMs, y = x w^T, dx = g w and dw = g^T x, each from freshly quantised
 operands. High precision is kept for master weights, optimizer state, gradients between layers, the
 first and last four linears in execution order, embedding, head, norms, convolution, the scan and
-attention's own products. in_proj packs z, x, B, C and dt in one GEMM: dt shares blocks with others.
+attention's own products. in_proj computes z, x, B, C and dt in one GEMM: dt shares their blocks.
 
 Emulation, on any device: operands are rounded to the FP8 grid and multiplied in fp32 or bf16.
-Products of two codes are exact in fp32, so this is what the hardware computes, up to accumulation,
-in which Hopper keeps fewer bits. It adds 5% to 18% to the toy's training step. The real GEMMs
-(--fp8-backend hopper) follow cuBLASLt's documented layouts: not measured. Where others differ:
-nanochat's fp8.py has one recipe; Megatron-Bridge's nano2 preset has E5M2 gradients, the paper E4M3;
-torchao's block GEMMs want multiples of 128, and the MLP of the 9B has 15680 = 122.5 blocks.
+Products of two codes are exact in fp32, so the result is that of the hardware, except for the
+accumulation, in which Hopper keeps fewer bits. Emulation adds 5% to 18% to the toy's training step.
+The real GEMMs (--fp8-backend hopper) follow cuBLASLt's documented layouts: not measured. Others
+differ: nanochat's fp8.py has one recipe; Megatron-Bridge's nano2 preset has E5M2 gradients, the
+paper E4M3; torchao's block GEMMs need multiples of 128, and the 9B's MLP has 15680 = 122.5 blocks.
 
-The papers train on 8192-token sequences in batches of 6 M tokens with a warmup-stable-decay
-schedule (WSD) from 4.5e-4 to 4.5e-6, its decay over the last 18% of 20 T tokens, in three phases of
-data, then on 524288-token sequences at 4.5e-6: --phases. Under torchrun the model is sharded
-(FSDP2); scales are local to a process, as in Transformer Engine. Left out: an FP8 optimizer, FP8
-all-gathers, delayed scaling, tensor and pipeline parallelism, a model larger than a host's memory.
+The papers train on 8192-token sequences in batches of 6 M tokens. The learning rate follows a
+warmup-stable-decay schedule (WSD) from 4.5e-4 to 4.5e-6, with the decay over the last 18% of 20 T
+tokens. The data come in three phases, followed by 524288-token sequences at 4.5e-6: see --phases.
+Under torchrun the model is sharded (FSDP2), and each process has its own scales, as in Transformer
+Engine. Left out: an FP8 optimizer, FP8 all-gathers, delayed scaling, tensor and pipeline
+parallelism, a model larger than a host's memory.
 
-Glossary: as in model.py. code: an 8-bit float | grid: the values that have one | inv_scale: 1 /
-scale | block: what shares a scale | tile: a block of one row | grad_norm: before clipping
+Glossary: as in model.py. code: an 8-bit float | grid: the values that have a code | inv_scale: 1 /
+scale | block: elements that share a scale | tile: a block of one row | grad_norm: before clipping
 
     python train_fp8.py                     the toy on the standard library's text, 4 min on 2 cores
     python -m bench.train_fp8               recipes against no FP8 over seeds; time; memory
@@ -69,7 +71,7 @@ from model import PRESETS, HybridConfig, HybridLM, save_hf
 from ssm import first_derivatives_only
 
 # ------------------------------------------------------------------------------------------------
-# Numbers of 8 bits and their GEMMs
+# 8-bit numbers and their GEMMs
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # largest value, bits of mantissa, exponent of the smallest normal number
@@ -80,8 +82,8 @@ FAKE_BLOCK = 2 ** 18        # elements that fake_quantize works on at a time, to
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Formats and blocks of the operands x (tokens, k), w (n, k), g (tokens, n). A block is (rows,
-    columns) of a matrix whose last axis is the one that the GEMM sums over; for the weight
-    gradient, which sums over tokens, it is transposed. None is the whole tensor."""
+    columns) of a matrix whose last axis is the one that the GEMM sums over; it is transposed for
+    the weight gradient, which sums over tokens. None: the whole tensor is one block."""
     x_format: torch.dtype = E4M3
     w_format: torch.dtype = E4M3
     g_format: torch.dtype = E4M3
@@ -96,17 +98,16 @@ RECIPES = {"none": None, "nemotron-h": Recipe(g_format=E5M2),
 
 
 def cast(x, fmt):
-    """x -> float8, saturating: finite values past the largest become the largest, inf and NaN NaN.
-    The clamp is written out because the bare cast differs: E5M2 overflows to inf, and E4M3 to NaN
-    before torch 2.12 and to 448 since, where even inf becomes 448 and a divergence looks
-    healthy."""
+    """x -> float8, saturating: too large values become the largest finite one; inf and NaN become
+    NaN. The clamp is explicit because a plain cast differs: E5M2 overflows to inf, E4M3 to NaN
+    before torch 2.12 and to 448 since then. There inf, too, becomes 448 and hides a divergence."""
     largest = FORMATS[fmt][0]
     return torch.where(x.isinf(), torch.nan, x.clamp(-largest, largest)).to(fmt)
 
 
 def in_blocks(x, block):
-    """x (m, k) -> fp32 (rows, block rows, columns, block columns), ragged last blocks filled with
-    zeros, which change no amax. None: one block."""
+    """x (m, k) -> fp32 (row blocks, rows, column blocks, columns). Incomplete last blocks are
+    filled with zeros, which change no amax. block None: one block."""
     (m, k), (rows, columns) = x.shape, block or x.shape
     x = x.float()
     if m % rows or k % columns:
@@ -115,12 +116,12 @@ def in_blocks(x, block):
 
 
 def block_scales(blocks, fmt, pow2=False):
-    """The scale of each block, fp32 (rows, 1, columns, 1): largest value of the format / amax.
+    """The scale of each block, fp32 (row blocks, 1, column blocks, 1): format's largest / amax.
 
-    A block of zeros would give inf: the scale stops at fp32's largest, so that 0 x scale is 0. An
-    inf or NaN makes its whole block NaN, loudly. pow2 clears the mantissa of the scale."""
+    A block of zeros gets the largest fp32 number instead of inf, so that 0 x scale is 0. An inf or
+    NaN makes its whole block NaN. pow2 rounds the scale down: it clears the mantissa."""
     amax = blocks.abs().amax((1, 3), keepdim=True)
-    # not 448 / amax, which torch computes as 448 x (1 / amax): a last bit off for a quarter of them
+    # not 448 / amax: torch computes 448 x (1 / amax), whose last bit is wrong in a quarter of cases
     scale = (torch.full_like(amax, FORMATS[fmt][0]) / amax).clamp(max=torch.finfo(amax.dtype).max)
     return scale.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32) if pow2 else scale
 
@@ -128,8 +129,7 @@ def block_scales(blocks, fmt, pow2=False):
 def quantize(x, fmt, block=None, pow2=False):
     """x (m, k) of any float dtype -> codes (m, k) in fmt, E4M3 or E5M2, and fp32 inverse scales
     (ceil(m / rows), ceil(k / columns)). block: (rows, columns), or None for one scale of the whole
-    tensor. x is scaled in fp32 and cast once: by way of bf16, 3% of the values would round
-    twice."""
+    tensor. x is scaled in fp32 and cast once: through bf16, 3% of the values would round twice."""
     m, k = x.shape
     blocks = in_blocks(x, block)
     scale = block_scales(blocks, fmt, pow2)
@@ -145,11 +145,11 @@ def dequantize(codes, inv_scale, block=None, dtype=torch.float32):
 
 
 def round_to_grid(x, fmt):
-    """fp32 x -> the nearest value of the format, ties to even, subnormals too, in place and without
-    a cast. Only for |x| up to the format's largest.
+    """Round fp32 x to the nearest value of the format, ties to even, subnormals included, in place
+    and without a cast. |x| must not exceed the format's largest value.
 
-    Adding 1.5 x 2^23 grid steps leaves no bits below a step: the rounding of that addition is the
-    one wanted. A step is 2^-mantissa of the value's own power of two."""
+    Adding 1.5 x 2^23 grid steps leaves no bits below one step, so that fp32 addition itself rounds
+    to the grid. A step is the power of two at or below |x|, times 2^-mantissa."""
     _, mantissa, smallest = FORMATS[fmt]
     power = x.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     power.clamp_(min=2.0 ** smallest)
@@ -158,9 +158,8 @@ def round_to_grid(x, fmt):
 
 
 def fake_quantize(x, fmt, block=None, pow2=False, dtype=None):
-    """dequantize(quantize(x)) in dtype (x's own), bit for bit but for the sign of zeros. A CPU is
-    several times as fast: pieces stay in the cache, and no float8 tensor has to be converted
-    back."""
+    """dequantize(quantize(x)) in dtype (default: x's), bit for bit except for the sign of zeros.
+    Several times as fast on a CPU: pieces stay in the cache, and no float8 tensor is converted."""
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     (m, k), rows = x.shape, block[0] if block else 1
     whole = None if block else block_scales(in_blocks(x, None), fmt, pow2)
@@ -175,14 +174,14 @@ def fake_quantize(x, fmt, block=None, pow2=False, dtype=None):
 
 def sqnr(value, truth):
     """Signal to quantisation noise in dB: 10 log10(|truth|^2 / |value - truth|^2), in fp64. An
-    error of 1% is 40 dB; a cast of N(0, 1) gives E4M3 31.5, E5M2 25.6, bf16 55.6."""
+    error of 1% is 40 dB; a cast of N(0, 1) to E4M3 has 31.5 dB, to E5M2 25.6, to bf16 55.6."""
     value, truth = value.detach().double(), truth.detach().double()
     return float(10 * torch.log10(truth.square().sum() / (value - truth).square().sum()))
 
 
 class Operand(NamedTuple):
-    """One side of an FP8 GEMM, (rows, k), summed over k. Emulated: the values themselves, in the
-    dtype that is multiplied in, and no inverse scales. Hopper: float8 codes and inverse scales."""
+    """One operand (rows, k) of an FP8 GEMM, which sums over k. Emulated: dequantised values in the
+    dtype of the multiplication, no inverse scales. Hopper: float8 codes and inverse scales."""
     values: torch.Tensor
     inv_scale: torch.Tensor | None
     block: tuple | None
@@ -194,7 +193,7 @@ class Operand(NamedTuple):
 
 
 def operand(x, fmt, block, recipe, backend, dtype=None):
-    """x (rows, k) quantised for a GEMM over k. dtype: what emulation multiplies in, if not x's."""
+    """x (rows, k) quantised for a GEMM over k. dtype: of the emulated product, by default x's."""
     if backend == "emulated":
         return Operand(fake_quantize(x, fmt, block, recipe.pow2, dtype), None, block)
     return Operand(*quantize(x, fmt, block, recipe.pow2), block)
@@ -202,7 +201,7 @@ def operand(x, fmt, block, recipe, backend, dtype=None):
 
 def operand_along_tokens(x, fmt, block, recipe, backend):
     """x (tokens, k) -> its transpose (k, tokens), quantised for a GEMM over tokens."""
-    if backend == "emulated":       # quantised where it lies: no transposed copy
+    if backend == "emulated":       # quantised before the transpose, which then needs no copy
         return Operand(fake_quantize(x, fmt, block[::-1], recipe.pow2).t(), None, block)
     x = F.pad(x, (0, 0, 0, -len(x) % block[1]))         # Hopper wants whole blocks of tokens
     return operand(x.t(), fmt, block, recipe, backend)
@@ -212,8 +211,8 @@ def gemm(a, b, out_dtype, fast_accum=False):
     """a (m, k), b (n, k) -> a b^T (m, n).
 
     Emulated: multiply the dequantised values, whose products are exact in fp32. Hopper: cuBLASLt
-    wants both operands with k innermost, E5M2 on one side at most, k and n that 16 divides, and
-    scales as `in_columns` has them (cuBLASLt 12.9, compute capability 9.0)."""
+    needs k innermost in both operands, E5M2 in at most one of them, k and n divisible by 16, and
+    scales in the order of `in_columns` (cuBLASLt 12.9, compute capability 9.0)."""
     if a.inv_scale is None:
         return (a.values @ b.values.t()).to(out_dtype)
     left, right = a.values.contiguous(), b.values.contiguous().t()
@@ -226,16 +225,16 @@ def gemm(a, b, out_dtype, fast_accum=False):
 
 
 def in_columns(x):
-    """An operand's inverse scales in the memory order of cuBLASLt: 1x128 (rows, k blocks) by
-    columns; 128x128 (k blocks up to a multiple of 4, row blocks), also by columns. Strides are
-    those of that order even where an axis has one element, since they are checked."""
+    """An operand's inverse scales in cuBLASLt's column-major order. Their shape is (rows, k blocks)
+    for 1x128, and (k blocks padded to a multiple of 4, row blocks) for 128x128. The strides are
+    checked, even those of an axis with one element."""
     m = x.inv_scale
     m = m if x.block == (1, 128) else F.pad(m, (0, -m.shape[1] % 4)).t()
     return torch.empty_strided(m.shape, (1, len(m)), dtype=m.dtype, device=m.device).copy_(m)
 
 
 def pad_to_sixteen(x):
-    """A Hopper operand with zeros to a multiple of 16 along the axis that is summed over."""
+    """Pad a Hopper operand with zeros to a multiple of 16 along the axis that is summed over."""
     short = -x.values.shape[1] % 16
     if x.inv_scale is None or not short:
         return x
@@ -247,8 +246,8 @@ class _Float8Matmul(torch.autograd.Function):
 
     x (tokens, k), w (n, k), g = dL/dy (tokens, n):  dx = g w sums over n,  dw = g^T x over tokens.
     With one scale per tensor, or square blocks, codes can be transposed: one quantisation serves
-    two GEMMs, and the codes are what is saved. Tiles of 1x128 lie along the axis that is summed, so
-    x and g are quantised again along tokens, x from the high-precision copy that is saved."""
+    two GEMMs, and only codes are saved. Tiles of 1x128 lie along the axis that is summed over, so
+    for dw x and g are quantised again along tokens; x itself is saved, in high precision."""
 
     @staticmethod
     def forward(ctx, x, w, recipe, backend):
@@ -278,9 +277,9 @@ class _Float8Matmul(torch.autograd.Function):
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer that trains with FP8 GEMMs and keeps its weight in high precision. It rounds
-    only where gradients are recorded, or while `always` is set: evaluation and the saved model are
-    in high precision, as the released checkpoints are."""
+    """A linear layer that trains with FP8 GEMMs and keeps its weight in high precision. It
+    quantises only when gradients are recorded or `always` is set: evaluation and the saved model
+    are in high precision, as the released checkpoints are."""
 
     def __init__(self, d_in, d_out, recipe, backend="emulated", bias=False):
         super().__init__(d_in, d_out, bias)
@@ -295,23 +294,23 @@ class Float8Linear(nn.Linear):
 
 
 def pick_backend(name, recipe, device):
-    """"emulated" or "hopper". auto is what a CUDA GPU has, never silently less; else emulated."""
+    """"emulated" or "hopper". auto: hopper on a CUDA device, or an error; elsewhere emulated."""
     if name == "emulated" or (name == "auto" and device != "cuda"):
         return "emulated"
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     if capability < (8, 9) or (recipe.x_block and capability != (9, 0)):
         raise ValueError(f"this {device} of capability {capability} has no FP8 matmul for this "
-                         "recipe: it needs 8.9, in blocks 9.0, or --fp8-backend emulated")
+                         "recipe (8.9, or 9.0 for blocks): set --fp8-backend emulated")
     return "hopper"
 
 
 def convert_to_fp8(model, recipe, backend="auto", ends=4, skip=("lm_head",), verbose=True):
-    """Swap the eligible nn.Linear layers of any nn.Module for Float8Linear, in place; returns it.
+    """Replace the eligible nn.Linear layers of any nn.Module by Float8Linear, in place. Returns it.
 
     recipe: a name of RECIPES, or a Recipe of your own. The first and last `ends` linears in order
     of registration, which is execution order here, and those named in `skip` stay as they are.
-    Raises ValueError, with nothing converted, for an unknown recipe, for sizes that 16 does not
-    divide (hardware GEMMs need it), and when nothing is left to convert."""
+    Raises ValueError before it converts anything: for an unknown recipe, for sizes that are not
+    multiples of 16 (hardware GEMMs need them), and if nothing is left to convert."""
     if recipe == "none":
         return model
     settings = RECIPES.get(recipe, recipe)
@@ -326,7 +325,7 @@ def convert_to_fp8(model, recipe, backend="auto", ends=4, skip=("lm_head",), ver
     for name, m in inner:
         if m.in_features % 16 or m.out_features % 16:
             raise ValueError(f"{name} is {m.out_features} x {m.in_features}: FP8 matmuls need "
-                             "multiples of 16; change the sizes or take --recipe none")
+                             "multiples of 16; change the sizes or use --recipe none")
     backend = pick_backend(backend, settings, inner[0][1].weight.device.type)
     for name, m in inner:
         with torch.device("meta"):
@@ -346,9 +345,9 @@ def convert_to_fp8(model, recipe, backend="auto", ends=4, skip=("lm_head",), ver
 
 @dataclasses.dataclass
 class Run:
-    """Train a hybrid language model. Resumes what is in --out if it is the same run."""
+    """Train a hybrid language model. Resumes the run in --out if its settings are the same."""
     preset: str = flag("toy", "one of " + ", ".join(PRESETS), choices=PRESETS)
-    pattern: str = flag("", "another layer pattern than the preset's")
+    pattern: str = flag("", "layer pattern, instead of the preset's")
     data: str = flag("stdlib", "stdlib, a file, a folder of text or of shards", session=True)
     tokenizer: str = flag("bpe", "bpe, bytes, or a tokenizer.json")
     phases: str = flag((), "parts of the run, each FRACTION[:DATA[:SEQ_LEN[:LR]]]", nargs="+")
@@ -365,14 +364,14 @@ class Run:
     warmup: float = flag(0.02, "fraction of steps with rising learning rate", at_least=0, at_most=1)
     decay: float = flag(0.3, "fraction of steps with falling learning rate", at_least=0, at_most=1)
     eval_every: int = flag(100, "steps per evaluation and checkpoint", at_least=1, session=True)
-    seed: int = flag(0, "of initialisation and data order", at_least=0, at_most=2 ** 63 - 1)
+    seed: int = flag(0, "seed of initialisation, data order", at_least=0, at_most=2 ** 63 - 1)
     device: str = flag("auto", "auto, cuda, mps or cpu", session=True)
     compute_dtype: str = flag("auto", "float32 or bfloat16; auto: bfloat16 where it is fast",
                               choices=("auto", "float32", "bfloat16"))
     out: str = flag("out/base", "run folder", session=True)
     overwrite: bool = flag(False, "start anew even if --out holds another run", session=True)
     stop_after: int = flag(0, "stop after this many steps; 0: never", at_least=0, session=True)
-    demo: bool = flag(False, "print how FP8 fails, in seconds, and train nothing", session=True)
+    demo: bool = flag(False, "show how FP8 fails (a few seconds), train nothing", session=True)
 
     def __post_init__(self):
         check_flags(self)
@@ -394,9 +393,9 @@ def prepare_layers(run, model, backend, verbose=True):
 
 
 def shard(model):
-    """FSDP2, in place: every process keeps its part of each parameter, gradient and moment in fp32,
-    and gathers a layer's parameters when they are needed: the linears in the compute dtype, the
-    others in fp32, as A_log, dt_bias, D and norms must not be rounded. Gradients add up in fp32."""
+    """FSDP2, in place. Every process keeps its part of each parameter, gradient and moment in fp32,
+    and gathers a layer's parameters when it needs them: linears in the compute dtype, the others
+    in fp32, because A_log, dt_bias, D and norms must not be rounded. Gradients sum in fp32."""
     mesh = dist.init_device_mesh(model.lm_head.weight.device.type, (dist.get_world_size(),))
     exact = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     rounded = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(model.compute_dtype, torch.float32))
@@ -420,8 +419,8 @@ def gather_model(model):
 
 
 def check_memory(run, config, dtype, device):
-    """{part: bytes} that a training step holds on each process, traced on the meta device. Raises
-    ValueError if the device has less, or if the host cannot hold a whole model for each process."""
+    """{part: bytes} that a training step needs per process, traced on the meta device. Raises
+    ValueError if the device has less, or if the host cannot hold a whole model per process."""
     size, processes = rank_and_size()[1], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with torch.device("meta"):
         model = prepare_layers(run, HybridLM(config, dtype), "emulated", verbose=False)
@@ -436,7 +435,7 @@ def check_memory(run, config, dtype, device):
     for needs, where in ((on_device, device), (whole * processes, "cpu")):
         if needs > (free := free_bytes(where)):
             raise ValueError(f"{run.batch_size} x {run.seq_len} tokens take {takes}; {gib(needs)} "
-                             f"are needed on {where}, {gib(free)} are free: take a smaller model, "
+                             f"are needed on {where}, {gib(free)} are free: use a smaller model, "
                              "--batch-size or --seq-len, a larger --grad-accum, or --recompute")
     return parts
 
@@ -445,9 +444,9 @@ Phase = dataclasses.make_dataclass("Phase", "start end run batches lr".split())
 
 
 def load_phases(run, token_data):
-    """The phases of --phases, or the whole run as one: steps `start` to `end`, of one text at one
-    length. A learning rate is constant, None follows the schedule. What a phase leaves out is the
-    run's. Tokens per step stay as they are: longer sequences are fewer rows."""
+    """The phases of --phases, or the whole run as one phase: steps `start` to `end` on one text, at
+    one sequence length. lr is constant; None follows the schedule. A part that is left out is the
+    run's. Tokens per step do not change: longer sequences mean fewer rows."""
     phases, tokens, end = [], run.batch_size * run.seq_len, 0.0
     for text in run.phases or ["1"]:
         try:
@@ -456,8 +455,8 @@ def load_phases(run, token_data):
             if seq_len < 1 or tokens % seq_len or not (0 < fraction <= 1 and 0 <= lr < math.inf):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"--phases has {text!r}, must be FRACTION:DATA:SEQ_LEN:LR, SEQ_LEN a "
-                             f"divisor of the {tokens} tokens of a step") from None
+            raise ValueError(f"--phases has {text!r}, must be FRACTION:DATA:SEQ_LEN:LR; SEQ_LEN is "
+                             f"a divisor of the {tokens} tokens per step") from None
         local = dataclasses.replace(run, data=data or run.data, seq_len=seq_len,
                                     batch_size=tokens // seq_len)
         start, end = round(end * run.steps), end + fraction
@@ -482,7 +481,7 @@ def make_batches(run, token_data):
 
 
 def wsd(step, steps, lr, warmup=0.02, decay=0.3, min_lr=0.01):
-    """Learning rate of step 0 <= step < steps: linear warmup, constant, then down as 1 - sqrt.
+    """Learning rate at 0 <= step < steps: linear warmup, constant, then decay as 1 - sqrt.
     warmup and decay are fractions of steps. The last step has lr * min_lr, if any step decays."""
     warm, down, left = round(warmup * steps), round(decay * steps), steps - 1 - step
     if step < warm:
@@ -493,7 +492,7 @@ def wsd(step, steps, lr, warmup=0.02, decay=0.3, min_lr=0.01):
 
 
 def make_optimizer(model, lr, weight_decay=0.1):
-    """AdamW (0.9, 0.95): decay on matrices, none on norms, biases, A_log, D, dt_bias."""
+    """AdamW (0.9, 0.95): weight decay on matrices, none on norms, biases, A_log, D, dt_bias."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
@@ -502,12 +501,12 @@ def make_optimizer(model, lr, weight_decay=0.1):
 
 @torch.no_grad()
 def evaluate(model, stream, batch_size=8, seq_len=512, separator=None, limit=None):
-    """Mean nats per token over the stream, or over about `limit` tokens from all over it."""
+    """Mean nats per token over the stream, or over about `limit` tokens spread over it."""
     device, (rank, size) = model.lm_head.weight.device, rank_and_size()
     batches = validation_batches(stream, batch_size, seq_len, separator, limit)
     sums = torch.zeros(2, dtype=torch.float64)              # nats, tokens
     for batch in tqdm(batches, "evaluating", leave=False, delay=5, disable=True if rank else None):
-        rows = list(range(rank, len(batch[0]), size))       # if empty, run row 0 and count nothing
+        rows = list(range(rank, len(batch[0]), size))       # if empty, run row 0, do not count it
         tokens, labels, seq_idx = (m if m is None else m[rows or [0]].to(device) for m in batch)
         count = int((labels >= 0).sum()) if rows else 0
         sums += torch.tensor([float(model.loss(tokens, labels, seq_idx)) * count, count])
@@ -516,7 +515,7 @@ def evaluate(model, stream, batch_size=8, seq_len=512, separator=None, limit=Non
 
 
 def bits_per_byte(nats_per_token, tokens, text_bytes):
-    """Of a stream of so many tokens that encode so many bytes of text."""
+    """Bits/byte of a text of `text_bytes` bytes that is encoded in `tokens` tokens."""
     return nats_per_token * tokens / text_bytes / math.log(2)
 
 
@@ -526,8 +525,7 @@ class NotFinite(ValueError):
 
 def train_step(model, optimizer, batches, run, lr, device, loss_fn=HybridLM.loss, clip=1.0):
     """One optimizer step: accumulate, clip, update. Returns (loss, grad_norm) as floats; the loss
-    is the mean over all labels that are not below 0, of all passes and processes. Raises
-    NotFinite."""
+    is the mean over the labels >= 0 of all passes and processes. Raises NotFinite."""
     passes = [[None if m is None else local_rows(m).to(device, non_blocking=True)
                for m in batches.next()] for _ in range(run.grad_accum)]
     counts = torch.stack([(labels >= 0).sum() for _, labels, _ in passes])
@@ -541,7 +539,7 @@ def train_step(model, optimizer, batches, run, lr, device, loss_fn=HybridLM.loss
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
     if not math.isfinite(total) or not math.isfinite(grad_norm):
-        raise NotFinite(f"the loss is {total:g}, grad_norm {grad_norm:g}: start anew with "
+        raise NotFinite(f"the loss is {total:g}, grad_norm {grad_norm:g}: start again with "
                         f"--overwrite and a lower --lr (it was {lr:g})")
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -552,17 +550,17 @@ def train_step(model, optimizer, batches, run, lr, device, loss_fn=HybridLM.loss
 
 def train(run, model, token_data, loss_fn=HybridLM.loss, *, folder=None, batches=None,
           eval_tokens=None, on_step=None):
-    """Train model in place as run says. Returns the log, one dict per step. Raises NotFinite.
+    """Train model in place with run's settings. Returns the log, a dict per step. Raises NotFinite.
 
-    loss_fn(model, tokens, labels, seq_idx) -> a scalar, the mean over labels that are not below 0:
-    another objective is another loss_fn. batches: instead of the windows of token_data, an object
-    whose next() gives (tokens, labels, seq_idx) at its position, the number of rows taken before.
-    eval_tokens: of the validation text, every run.eval_every steps; by default those of eight
-    steps. on_step(row) is called after each step and ends training if it returns True.
+    loss_fn(model, tokens, labels, seq_idx) -> a scalar, the mean over the labels >= 0: another
+    objective is another loss_fn. batches: replaces the windows of token_data; an object whose
+    next() gives (tokens, labels, seq_idx) at .position, the number of rows used before.
+    eval_tokens: validation tokens every run.eval_every steps, by default those of eight steps.
+    on_step(row) is called after each step and ends training if it returns True.
 
     folder: a RunFolder to resume from and to save to, every run.eval_every steps, on Ctrl-C or
     SIGTERM, and at the end: stopping loses nothing, and N + N steps equal 2N bit for bit on a CPU.
-    None keeps nothing and prints nothing."""
+    None saves nothing and prints nothing."""
     device, quiet, folder = model.lm_head.weight.device, folder is None, folder or Unsaved()
     optimizer, tokens_per_step = make_optimizer(model, run.lr), run.batch_size * run.seq_len
     phases = [Phase(0, run.steps, run, batches, None)] if batches else load_phases(run, token_data)
@@ -595,7 +593,7 @@ def train(run, model, token_data, loss_fn=HybridLM.loss, *, folder=None, batches
                            f"grad_norm {grad_norm:.2f} | lr {lr:.1e} | {row['ms']:.0f} ms | "
                            f"{tokens_per_step / row['ms']:.1f}k tok/s{validation}")
             if not quiet and done == first + 2:         # the second step: the first warms up
-                tqdm.write(f"time         about {(last - done) * row['ms'] / 6e4:.1f} min to go")
+                tqdm.write(f"time         about {(last - done) * row['ms'] / 6e4:.1f} min left")
             ending = bool(on_step and on_step(row)) or done == last or stop.asked_anywhere()
             if ending or done % run.eval_every == 0:
                 folder.save(done, model, optimizer)
@@ -610,16 +608,16 @@ class Job(NamedTuple):
     token_data: TokenData
     loss_fn: object = HybridLM.loss
     batches: object = None              # as in `train`
-    eval_tokens: int | None = None      # of the validation text; None: the whole of it at the end
-    notes: dict | None = None           # kept in every checkpoint: the state["notes"] of a resume
+    eval_tokens: int | None = None      # per evaluation; None: the whole validation text at the end
+    notes: dict | None = None           # saved in every checkpoint, as state["notes"]
 
 
 def train_in_folder(run, build, report, settings=None):
     """What every training script does: open the folder, build, train, save, report.
 
-    build(run, state) -> Job, state the checkpoint to resume from or None. report(run, job, rows,
-    val_loss) -> the result, on the first process. settings: {flag: value} by which the folder knows
-    this run again, by default those of `run`. Returns the result, or where it stopped."""
+    build(run, state) -> Job; state is the checkpoint to resume from, or None. report(run, job,
+    rows, val_loss) -> the result, in the first process only. settings: {flag: value} that identify
+    the run, by default those of `run`. Returns the result, or the step where it stopped."""
     device = pick_device(run.device)
     rank, size = start_processes(device)
     if device == "cpu":
@@ -628,7 +626,7 @@ def train_in_folder(run, build, report, settings=None):
         job = build(run, folder.state)
         text, corpus = job.token_data, job.token_data.fingerprint
         before = folder.state["fingerprint"] if folder.state else corpus
-        if before | dict(source=None) != corpus | dict(source=None):    # which may have moved
+        if before | dict(source=None) != corpus | dict(source=None):    # the source may have moved
             raise ValueError(f"the corpus or its tokenizer has changed since {run.out} was begun: "
                              f"{before}, now {corpus}")
         if folder.result:
@@ -664,7 +662,7 @@ def train_in_folder(run, build, report, settings=None):
 
 
 def build(run, state):
-    """The Job of a run, everything that can be wrong with it found before anything is written."""
+    """The Job of a run. What can be wrong with it is found here, before anything is written."""
     device = pick_device(run.device)
     dtype = pick_dtype(state["compute_dtype"] if state else run.compute_dtype, device)
     config = HybridConfig.preset(run.preset)
@@ -684,7 +682,7 @@ def build(run, state):
 
 
 def report(run, job, rows, val_loss):
-    """Bits/byte, losses plotted above the schedule, a sample, and the last line's values."""
+    """Print bits/byte and a sample, plot losses and schedule. Returns the last line's values."""
     text, tokens_per_step = job.token_data, run.batch_size * run.seq_len
     val_bpb = bits_per_byte(val_loss, len(text.validation) - 1, text.validation_bytes)
     xz = f", xz -9e needs {text.validation_xz:.3f}" if text.validation_xz else ""
@@ -706,7 +704,7 @@ def report(run, job, rows, val_loss):
 
     print("sample\ndef read_", *generate(job.model.eval(), text.encoding, "def read_", 120,
                                           temperature=0.7, seed=run.seed), sep="")
-    seconds = sum(row["ms"] for row in rows) / 1e3          # of the steps that are in the log
+    seconds = sum(row["ms"] for row in rows) / 1e3          # of the steps in the log
     return dict(recipe=run.recipe, val_loss=val_loss, val_bpb=val_bpb, xz_bpb=text.validation_xz,
                 tokens=run.steps * tokens_per_step, seconds=seconds,
                 tokens_per_s=len(rows) * tokens_per_step / seconds if rows else None,
@@ -714,17 +712,17 @@ def report(run, job, rows, val_loss):
 
 
 def demonstrate():
-    """Print two ways in which FP8 fails, in seconds. Returns the figures."""
+    """Print two ways in which FP8 fails. Returns the numbers."""
     generator, result = torch.Generator().manual_seed(0), {}
-    print("1. A cast without a scale loses what is small. SQNR and share of zeros for N(0, s):\n"
-          f"{'s':>8s}{'E4M3 as it is':>24s}{'E5M2 as it is':>24s}{'E4M3 scaled':>24s}")
+    print("1. A cast without a scale loses small values. SQNR and share of zeros for N(0, s):\n"
+          f"{'s':>8s}{'E4M3 unscaled':>24s}{'E5M2 unscaled':>24s}{'E4M3 scaled':>24s}")
     for s in (1.0, 1e-2, 1e-4, 1e-6):
         g = s * torch.randn(512, 512, generator=generator)
         values = [cast(g, E4M3).float(), cast(g, E5M2).float(), fake_quantize(g, E4M3)]
         result[f"unscaled {s:g}"] = [sqnr(v, g) for v in values]
         print(f"{s:8.0e}" + "".join(
             f"{sqnr(v, g):10.1f} dB, {(v == 0).float().mean():4.0%} zeros" for v in values))
-    print("\n2. One token x 30000. In the SQNR of all tokens it hides the others: see the median.\n"
+    print("\n2. One token x 30000. It dominates the SQNR of all tokens: see the median token.\n"
           f"{'recipe':12s}{'all tokens':>14s}{'median token':>16s}{'zeros':>8s}")
     x, w = torch.randn(2, 512, 512, generator=generator)
     x[7] *= 30000
