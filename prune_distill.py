@@ -1,41 +1,41 @@
 """Compression: prune a trained hybrid to a memory budget, then distil it from the original.
 
-The 12B of Nano 2 became the 9B because 128k tokens did not fit an A10G; the 56B of Nemotron-H
-became the 47B for 1M tokens in 31.7 GiB. Both took four steps: measure what matters, enumerate the
-sizes that fit, prune a few candidates and train each a little, distil the best one.
+Nano 2 compressed its 12B to the 9B so that 128k tokens fit an A10G; Nemotron-H compressed its 56B
+to the 47B for 1M tokens in 31.7 GiB. Both took four steps: measure the importance of each part,
+enumerate the sizes that fit, prune and briefly train a few candidates, distil the best one.
 
 Importance. A score is the mean of |activation| over a sequence, then the L2 norm over sequences.
 
     embedding channels   the outputs of all pre-norms, summed over layers           Nano 2
     MLP neurons          the input of down_proj                                     Nano 2
     attention heads      the input of o_proj times the norms of o_proj's columns, which is what a
-                         head adds; ranked inside the group of a KV head            Minitron
+                         head adds; ranked within the group of a KV head            Minitron
     Mamba channels       the x part of in_proj's output, L2 over heads; one set is kept for all
                          heads                                                      Minitron-SSM
-    Mamba heads          the same, L2 over the kept channels; ranked inside the group whose B and C
-                         the head reads, the same number kept in each group         Minitron-SSM
-    layers   logits      MSE of the logits without the layer; one by one            Nano 2
+    Mamba heads          the same, L2 over the kept channels; ranked within the group that shares
+                         B and C, and each group keeps the same number of heads     Minitron-SSM
+    layers   logits      MSE of the logits without the layer; removed one by one    Nano 2
              hidden      MSE of the hidden states before the head                   MiniPuzzle
              cosine      1 - cosine of the layer's input and output                 Minitron
 
 B, C, the state size and the groups are never pruned: in another group a head would read another B.
 
-Pruning slices weights, and it is exact where they are dead. A norm divides by the root of a mean
-over channels. With d' of d channels left, the others being zero, the mean is d / d' times as large,
-and in the gated norm of a Mamba layer k = d_inner / d_inner' times. So the weights of the gated
-norms are multiplied by sqrt(k) and epsilon by k. Epsilon is one number for all norms: therefore the
-residual stream is multiplied by sqrt(k d' / d), which is done in the embedding and in the last
-linear of each layer, and the weights of its norms by sqrt(d / d'). (ModelOpt leaves the difference
-to the training that follows.) A width is one number for all layers, as in the released models.
+Pruning slices weights. It changes nothing if the removed parts are dead, that is always zero. A
+norm divides by the root of a mean square over channels. If d' of d channels are kept and the others
+are zero, the mean becomes d / d' times as large, in the gated norm of a Mamba layer k = d_inner /
+d_inner' times. So the weights of the gated norms are multiplied by sqrt(k) and epsilon by k. All
+norms share one epsilon, so the residual stream is multiplied by sqrt(k d' / d), in the embedding
+and in the last linear of each layer, and the weights of its norms by sqrt(d / d'). (ModelOpt leaves
+this difference to later training.) All layers have the same widths, as in the released models.
 
 Distillation minimises the forward KL divergence of the logits, KL(teacher || student), at
-temperature 1, without cross-entropy. The logits exist for one block of tokens at a time: for 8192
-tokens x 131072 entries they would take 4 GiB in fp32, of each model. The loop is `train_fp8.train`
-with another loss_fn. Under torchrun the student is sharded; every GPU has the whole teacher.
+temperature 1, without cross-entropy. Logits exist for one block of tokens at a time: those of 8192
+tokens x 131072 entries would take 4 GiB in fp32 per model. The loop is `train_fp8.train` with
+another loss_fn. Under torchrun the student is sharded; every GPU has the whole teacher.
 
-MiniPuzzle scores single layers and MLP widths, and an integer program chooses the layers of lowest
-cost under the budget. It assumes that costs add up. Published experience is that the iterative
-removal of Minitron is better at equal size.
+MiniPuzzle scores single layers and MLP widths, and an integer program chooses the layers to remove
+at the lowest cost under the budget. It assumes that costs add up. Published experience is that the
+iterative removal of Minitron is better at equal size.
 
 Sources: Nano 2, arXiv 2508.14444, section 4; Nemotron-H, arXiv 2504.03624, section 3; Minitron-SSM,
 arXiv 2504.11409; Minitron, arXiv 2407.14679 and 2408.11796.
@@ -44,14 +44,14 @@ Glossary: as in model.py. teacher: the model that is pruned | student: the prune
 candidate: a configuration that fits | counts: {layer type: number of layers} | recovered: the share
 of the loss added by pruning that training has removed.
 
-Left out: a search over the widths of single layers, pruned attention heads in the search (`prune`
-can do it; the papers keep them), distillation from stored logits, a teacher too large for one GPU.
+Left out: different widths per layer; a search over attention heads (`prune` can remove them; the
+papers keep them); distillation from stored logits; a teacher too large for one GPU.
 
     python prune_distill.py                     out/aligned -> out/compressed, 2 min on 2 cores
     python prune_distill.py --list --preset nemotron-nano-12b-v2 --memory-gib 19.66 --context 131072
     python prune_distill.py --list --preset nemotron-h-56b --memory-gib 31.7 --context 1000000 \
         --weight-bits 4 --kv-bits 8
-    python -m bench.prune_distill               importance, width or depth, KD or text, over seeds
+    python -m bench.prune_distill               over seeds: importance, width or depth, KD or text
 """
 
 import collections
@@ -86,7 +86,7 @@ from train_fp8 import Job, check_memory, evaluate, shard, train, train_in_folder
 
 @dataclasses.dataclass
 class Scores:
-    """Importance of each part, fp32 on the CPU; a larger score matters more. Keys are layers.
+    """Importance of each part, fp32 on the CPU; higher is more important. Keys are layer numbers.
 
     channels (d,); neurons {i: (f,)}; mamba {i: (h, p)}; heads {i: (n_heads,)}."""
     channels: torch.Tensor
@@ -95,7 +95,7 @@ class Scores:
     heads: dict
 
     def map(self, f):
-        """The same with f of each tensor."""
+        """Scores with f applied to each tensor."""
         each = lambda scores: {i: f(m) for i, m in scores.items()}
         return Scores(f(self.channels), each(self.neurons), each(self.mamba), each(self.heads))
 
@@ -104,7 +104,7 @@ class Scores:
 def importance(model, batches):
     """Scores of a model on batches of tokens, an iterable of int64 (b, t) on the model's device.
 
-    One forward pass each: hooks read what the layers compute anyway."""
+    Each batch takes one forward pass, in which hooks read what the layers compute."""
     sums, hooks, config = collections.defaultdict(float), [], model.config
 
     def watch(module, key, read):
@@ -147,10 +147,10 @@ def run_layers(model, tokens, layers):
 
 @torch.no_grad()
 def layer_costs(model, batches, layers, metric="logits"):
-    """{layer: cost of removing it} for each of `layers`, the only ones that are left in the model.
+    """{layer: cost of removing it} for each of `layers`, from a model that has only these layers.
 
     logits, hidden: MSE against the whole model, of the logits or of the hidden states. cosine: 1 -
-    cosine of the layer's input and output."""
+    cosine similarity of the layer's input and output."""
     if metric not in ("logits", "hidden", "cosine"):
         raise ValueError(f"the metric is {metric!r}, must be logits, hidden or cosine")
     cost = dict.fromkeys(layers, 0.0)
@@ -173,11 +173,11 @@ def layer_costs(model, batches, layers, metric="logits"):
 
 
 def choose_layers(model, batches, counts, metric="logits"):
-    """Layers to keep, in order, and [(removed layer, its cost)]: as many of each type as counts.
+    """Layers to keep, in order, and [(removed layer, its cost)]. counts: {layer type: how many}.
 
-    One layer at a time is removed, the one of lowest cost among the types that still have too many.
-    For logits the costs are measured again after each removal (Nano 2), for cosine and hidden once
-    (Minitron, MiniPuzzle)."""
+    Layers are removed one at a time: the one of lowest cost among the types that still have too
+    many. For logits the costs are measured again after each removal (Nano 2), for cosine and hidden
+    once (Minitron, MiniPuzzle)."""
     pattern, log = model.config.pattern, []
     layers, cost = list(range(len(pattern))), None
     for layer_type, n in counts.items():
@@ -202,7 +202,7 @@ def choose_layers(model, batches, counts, metric="logits"):
 
 @dataclasses.dataclass
 class Keep:
-    """What is kept, as sorted indices into the teacher. Layers have the teacher's numbers.
+    """What is kept, as sorted indices into the teacher; a layer is its number in the teacher.
 
     layers (list); channels (d',) of the residual stream; neurons {layer: (f',)}; mamba_heads
     {layer: (h',)}, the same number in each group; mamba_channels {layer: (p',)}, one set for all
@@ -215,7 +215,7 @@ class Keep:
     heads: dict
 
     def config(self, old):
-        """The pruned configuration. A width is that of the first layer of its type."""
+        """The pruned configuration; each width is read from the first layer that has it."""
         width = lambda name, default: next(map(len, getattr(self, name).values()), default)
         new = dataclasses.replace(
             old, pattern="".join(old.pattern[i] for i in self.layers), d_model=len(self.channels),
@@ -226,19 +226,19 @@ class Keep:
 
 
 def best(score, n, worst=False):
-    """Indices of the n largest (worst: smallest), sorted; among equals the first."""
+    """Sorted indices of the n largest (worst: smallest) scores; among equal ones the first."""
     return score.argsort(descending=not worst, stable=True)[:n].sort().values
 
 
 def best_in_groups(score, groups, n, worst=False):
-    """Indices of the n largest in all, the same number from each of the groups of neighbours."""
+    """Indices of n scores: the n / groups largest of each group of neighbouring scores."""
     parts = score.unflatten(0, (groups, -1))
     return torch.cat([best(m, n // groups, worst) + i * len(m) for i, m in enumerate(parts)])
 
 
 def keep_best(scores, old, new, layers, worst=False):
-    """The Keep that turns a model of configuration `old` into one of `new` with these layers. worst
-    keeps the lowest scores, for comparison."""
+    """The Keep that prunes a model of configuration `old` to `new` with these layers. worst keeps
+    the lowest scores, for comparison."""
     for name in ("d_model", "mlp_dim", "mamba_heads", "mamba_head_dim", "n_heads"):
         if getattr(new, name) > getattr(old, name):
             raise ValueError(f"{name} {getattr(new, name)} is more than the teacher's "
@@ -269,7 +269,7 @@ def cut_layer(layer_type, mixer, i, keep, old):
                 "v_proj.weight": w["v_proj.weight"][:, c],
                 "o_proj.weight": w["o_proj.weight"][c][:, wide]}
 
-    # x, z and what is computed from them by head and channel; B and C whole; dt, A, D by head
+    # z, x and what is computed from them: by head and channel; dt, A, D: by head; B, C: whole
     heads, di, bc = keep.mamba_heads[i], old.d_inner, 2 * old.n_groups * old.d_state
     wide = (heads[:, None] * old.mamba_head_dim + keep.mamba_channels[i]).flatten()
     shared = torch.arange(bc)
@@ -284,10 +284,10 @@ def cut_layer(layer_type, mixer, i, keep, old):
 
 @torch.no_grad()
 def prune(model, keep):
-    """A new, smaller HybridLM with what `keep` keeps; the old model stays as it is.
+    """A new, smaller HybridLM with the parts in `keep`; the old model is not changed.
 
-    Norms and the residual stream are scaled as the header says: removing dead weight changes
-    nothing, and keeping everything gives the same bits."""
+    Norms and the residual stream are scaled as the header says: removing dead weights changes no
+    logits, and keeping everything gives the same bits."""
     old, c, backbone = model.config, keep.channels, model.backbone
     config = keep.config(old)
     norm = math.sqrt(old.d_model / config.d_model)
@@ -307,7 +307,7 @@ def prune(model, keep):
     for name, p in list(student.named_parameters()):
         if tensors[name].shape != p.shape:
             raise ValueError(f"{name} would be pruned to {tuple(tensors[name].shape)}, the "
-                             f"configuration says {tuple(p.shape)}: all layers have one width")
+                             f"configuration says {tuple(p.shape)}: all layers need one width")
         set_parameter(student, name, tensors[name])
     return student.train(model.training)
 
@@ -317,10 +317,10 @@ def prune(model, keep):
 
 
 class _KLDivergence(torch.autograd.Function):
-    """Mean KL(teacher || student) over tokens, in blocks: no model's (tokens, v) logits ever exist.
+    """Mean KL(teacher || student) over tokens, in blocks, so that no (tokens, v) logits ever exist.
 
-    The gradient of the student's logits, softmax(student) - softmax(teacher), is made while a
-    block's logits exist, as in model.cross_entropy."""
+    The gradient of the student's logits, softmax(student) - softmax(teacher), is computed while
+    the logits of the block exist, as in model.cross_entropy."""
 
     @staticmethod
     def forward(ctx, h, weight, teacher_h, teacher_weight, block, want_grad):
@@ -356,8 +356,8 @@ def kd_loss(h, weight, teacher_h, teacher_weight, labels=None, block=256):
     """Mean over tokens of KL(teacher || student) in nats, at temperature 1.
 
     Gradients flow to h (tokens, d) and weight (v, d), not to teacher_h (tokens, d_t) and
-    teacher_weight (v, d_t). labels (tokens,): where below 0 a token is left out, as in
-    cross-entropy. block: tokens whose logits exist at one time."""
+    teacher_weight (v, d_t). labels (tokens,): tokens with a label below 0 are left out, as in
+    cross-entropy. block: number of tokens whose logits exist at one time."""
     if len(weight) != len(teacher_weight):
         raise ValueError(f"the student's vocabulary has {len(weight)} entries, the teacher's "
                          f"{len(teacher_weight)}: distillation compares entry with entry")
@@ -370,7 +370,7 @@ def kd_loss(h, weight, teacher_h, teacher_weight, labels=None, block=256):
 
 
 def make_kd_loss(teacher):
-    """The loss_fn for `train` whose minimum is the teacher."""
+    """A loss_fn for `train` that distils from the teacher."""
     def loss_fn(student, tokens, labels, seq_idx):
         with torch.no_grad():
             truth = teacher(tokens, seq_idx=seq_idx, head=False).flatten(0, 1)
@@ -385,7 +385,7 @@ def make_kd_loss(teacher):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a candidate must fit: bytes, tokens, sequences, and how numbers are stored."""
+    """The limit, the context and batch that must fit it, and how numbers are stored."""
 
     limit: int                      # bytes
     context: int = 131072           # tokens of each sequence
@@ -405,14 +405,14 @@ class Request:
 
 
 def request_for(run, config):
-    """The Request of a run whose teacher is `config`: --memory-gib, or --keep of what it needs.
+    """The Request of a run whose teacher is `config`. The limit is --memory-gib, or the share
+    --keep of the bytes that the teacher needs.
 
-    Temporaries are the teacher's, so never too few. With 8-bit or 4-bit weights, which infer.py
-    does not run, they are not counted; the papers' budget of 31.7 GiB does not count them
-    either."""
+    Temporaries are the teacher's, so they are never too few. With 8-bit or 4-bit weights, which
+    infer.py does not run, they are not counted, nor are they in the papers' budget of 31.7 GiB."""
     workspace = 0
     if run.weight_bits == 16:
-        chunk = max(min(1024, run.context // 32), 1)                # of a prompt, in prefill
+        chunk = max(min(1024, run.context // 32), 1)                # prefill chunk
         workspace = max(workspace_bytes(config, 1, run.context, run.batch),
                         workspace_bytes(config, chunk, run.context))
     kv_dtype, state_dtype = {16: (torch.bfloat16, torch.float32),
@@ -423,13 +423,13 @@ def request_for(run, config):
 
 
 def with_counts(config, counts, **widths):
-    """So many layers of each type, in an order on which bytes and parameters do not depend."""
+    """A configuration of so many layers of each type. Bytes do not depend on their order."""
     return dataclasses.replace(config, pattern="".join(c * n for c, n in counts.items()), **widths)
 
 
 def grid_for(config):
-    """[(counts, configuration)] of all candidates: the papers' for their two teachers; for others
-    down to 62% of each width, and up to one layer less of each type but attention."""
+    """[(counts, configuration)] of all candidates: the papers' candidates for their two teachers;
+    for others widths down to 62%, and at most one layer less of each type but attention."""
     counts = lambda m, a, f: {"M": m, "*": a, "-": f}
     shape = lambda c: (c.pattern, c.params_by_layer())
     is_preset = lambda name: shape(config) == shape(HybridConfig.preset(name))
@@ -454,8 +454,8 @@ def grid_for(config):
 
 
 def search(request, grid):
-    """[(bytes, counts, configuration)] of everything in the grid that fits, largest first. Raises
-    ValueError, naming the smallest, if nothing does."""
+    """[(bytes, counts, configuration)] of the candidates that fit, largest first. Raises ValueError
+    that names the smallest candidate if none fits."""
     rows = sorted(((request.needs(c), counts, c) for counts, c in grid), key=lambda row: -row[0])
     found = [row for row in rows if row[0] <= request.limit]
     if not found:
@@ -474,9 +474,9 @@ def minipuzzle(costs, width_costs, config, request):
     """[(cost, layers, MLP width)], lowest cost first: for each width the best layers that fit, by
     integer program (Nemotron-H, section 3).
 
-    costs {layer: of removing it}, width_costs {MLP width: of pruning all MLPs to it}, both an MSE
-    of the hidden states. The program maximises the cost of the layers that are kept, at least one,
-    under the budget. Raises ValueError if nothing fits."""
+    costs {layer: cost of removing it} and width_costs {MLP width: cost of pruning all MLPs to it}
+    are MSEs of the hidden states. Under the budget the program keeps at least one layer and
+    maximises the cost of the layers that are kept. Raises ValueError if nothing fits."""
     layers, found = list(costs), []
     needs = lambda p, f: request.needs(dataclasses.replace(config, pattern=p, mlp_dim=f))
     for f, width_cost in width_costs.items():
@@ -500,41 +500,41 @@ def minipuzzle(costs, width_costs, config, request):
 # ------------------------------------------------------------------------------------------------
 # The run
 
-EVAL_TOKENS = 24576         # of the validation text, from all over it; every loss is on these
-TRIAL_SHARE = 9             # a trial has a ninth of the steps: in MiniPuzzle 7 B and 63 B tokens
+EVAL_TOKENS = 24576         # spread over the validation text; every loss is measured on these
+TRIAL_SHARE = 9             # a trial takes a ninth of the steps; MiniPuzzle: 7 B and 63 B tokens
 
 
 @dataclasses.dataclass
 class Run:
     """Prune a trained model to a memory budget and distil it from the original."""
 
-    teacher: str = flag("", "run folder, or Hugging Face folder (default: the first of out/aligned "
-                        "and out/base)", session=True)
-    data: str = flag("stdlib", "text to measure on and to distil with", session=True)
+    teacher: str = flag("", "run folder or Hugging Face folder (default: out/aligned if it exists, "
+                        "else out/base)", session=True)
+    data: str = flag("stdlib", "text for measuring and for distillation", session=True)
     memory_gib: float = flag(0.0, "budget of weights, caches, temporaries; 0: --keep", at_least=0)
     keep: float = flag(0.72, "budget as a share of the teacher's bytes", above=0, at_most=1)
-    context: int = flag(4096, "tokens of each sequence that must fit", at_least=1)
+    context: int = flag(4096, "tokens per sequence that must fit", at_least=1)
     batch: int = flag(1, "sequences that must fit", at_least=1)
-    weight_bits: int = flag(16, "per weight; 8 and 4: no temporaries", choices=(16, 8, 4))
-    kv_bits: int = flag(16, "per cached value; 8: states in bf16", choices=(16, 8))
+    weight_bits: int = flag(16, "bits per weight; 8 and 4 ignore temporaries", choices=(16, 8, 4))
+    kv_bits: int = flag(16, "bits per cached value; 8: states in bf16", choices=(16, 8))
     method: str = flag("minitron", "minitron (by measured loss) or minipuzzle (by integer program)",
                        choices=("minitron", "minipuzzle"))
     samples: int = flag(48, "windows of text that importance is measured on", at_least=1)
-    candidates: int = flag(3, "candidates that are trained a little, to choose one", at_least=1)
+    candidates: int = flag(3, "candidates to train briefly before one is chosen", at_least=1)
     steps: int = flag(140, "optimizer steps of the distillation", at_least=1)
     batch_size: int = flag(8, "sequences per step", at_least=1)
     seq_len: int = flag(256, "tokens per sequence", at_least=1)
     lr: float = flag(1.5e-3, "peak learning rate", above=0)
-    scratch: bool = flag(True, "also train the same shape from nothing, on as many tokens")
-    seed: int = flag(0, "of data order and a new model", at_least=0, at_most=2 ** 63 - 1)
+    scratch: bool = flag(True, "also train the same shape from scratch, on as many tokens")
+    seed: int = flag(0, "seed of data order and a new model", at_least=0, at_most=2 ** 63 - 1)
     device: str = flag("auto", "auto, cuda, mps or cpu", session=True)
     compute_dtype: str = flag("auto", "float32 or bfloat16; auto: bfloat16 where it is fast",
                               choices=("auto", "float32", "bfloat16"))
     out: str = flag("out/compressed", "run folder", session=True)
     overwrite: bool = flag(False, "start anew even if --out holds another run", session=True)
-    stop_after: int = flag(0, "stop, resumable, after so many steps", at_least=0, session=True)
-    list: bool = flag(False, "print what fits, for --preset, without weights", session=True)
-    preset: str = flag("nemotron-nano-12b-v2", "the model that --list is about", session=True)
+    stop_after: int = flag(0, "stop after N steps, to be resumed", at_least=0, session=True)
+    list: bool = flag(False, "print the candidates of --preset that fit", session=True)
+    preset: str = flag("nemotron-nano-12b-v2", "the teacher of --list", session=True)
 
     def __post_init__(self):
         check_flags(self)
@@ -545,7 +545,7 @@ class Run:
                              "teacher's place")
 
     def training(self, **changes):
-        """The train_fp8.Run that distils."""
+        """The train_fp8.Run of the distillation."""
         names = "data steps batch_size seq_len lr seed device out overwrite stop_after"
         mine = {name: getattr(self, name) for name in names.split()} | changes
         return train_fp8.Run(recipe="none", warmup=0.05, decay=0.5, eval_every=-(-self.steps // 4),
@@ -553,11 +553,11 @@ class Run:
 
 
 def show_list(run):
-    """--list: everything in the grid that fits, without weights."""
+    """--list: print the candidates that fit."""
     config = HybridConfig.preset(run.preset)
     request, grid = request_for(run, config), grid_for(config)
     found = search(request, grid)
-    print(f"{run.preset}, {request.needs(config) / GIB:.2f} GiB at {run.context} tokens x "
+    print(f"{run.preset} needs {request.needs(config) / GIB:.2f} GiB at {run.context} tokens x "
           f"{run.batch}: {len(found)} of {len(grid)} candidates fit {request.limit / GIB:.2f} GiB")
     widths = lambda c: (c.d_model, c.mlp_dim, c.mamba_heads)
     full = [request.needs(c) for _, c in grid if widths(c) == widths(config)]
@@ -570,7 +570,7 @@ def show_list(run):
 
 
 def load_text(run):
-    """--data in the teacher's tokens. Raises ValueError for shards of another tokenizer."""
+    """--data, by the teacher's tokenizer. Raises ValueError for shards of another tokenizer."""
     tokenizer_json = (pathlib.Path(run.teacher) / "tokenizer.json").read_text(encoding="utf-8")
     token_data = load_data(run.data, tokenizer_json=tokenizer_json)
     if token_data.tokenizer_json != tokenizer_json:
@@ -580,8 +580,8 @@ def load_text(run):
 
 
 def load_task(run, token_data):
-    """What an aligned teacher was taught, half of its rows, with text, as batches for `train`; None
-    for another teacher."""
+    """Batches for `train`, of which half of the rows are the task of an aligned teacher and the
+    others text. None for a teacher that is not aligned."""
     rows = read_rows(pathlib.Path(run.teacher) / "metrics.jsonl")
     result = rows[-1].get("final", {}) if rows else {}
     if "accuracy_by_budget" not in result:
@@ -592,27 +592,27 @@ def load_task(run, token_data):
 
 
 def score(model, task):
-    """The accuracy on test problems of the task, or None without one."""
+    """The accuracy on test problems of the task, or None without a task."""
     return task and align.accuracy(model, task.encoding, align.tests_of(task.run))[0]
 
 
 def calibration(run, token_data, device="cpu"):
-    """--samples windows of the training text in batches of 8, in another order than training's."""
+    """--samples windows of the training text in batches of 8, not in the order of training."""
     windows = Batches(token_data.train, run.samples, run.seq_len, run.seed + 1)
     if run.samples > windows.windows:
         raise ValueError(f"--samples is {run.samples}, the training text has {windows.windows} "
-                         f"windows of {run.seq_len} tokens: fewer samples, or more text")
+                         f"windows of {run.seq_len} tokens: take fewer, or more text")
     return windows.next()[0].to(device).split(8)
 
 
 def validation_loss(run, model, token_data, tokens=None):
-    """Nats per token, on EVAL_TOKENS or fewer."""
+    """Nats per token, on `tokens` tokens or by default EVAL_TOKENS."""
     return evaluate(model, token_data.validation, run.batch_size, run.seq_len,
                     limit=tokens or EVAL_TOKENS)
 
 
 def train_briefly(training, model, token_data, loss_fn=HybridLM.loss, task=None):
-    """Train a model for all of training.steps, keeping no files; its validation loss."""
+    """Train a model for training.steps, without files. Returns its validation loss."""
     training = dataclasses.replace(training, eval_every=training.steps, stop_after=0)
     if rank_and_size()[1] > 1:
         shard(model)
@@ -623,8 +623,8 @@ def train_briefly(training, model, token_data, loss_fn=HybridLM.loss, task=None)
 
 
 def propose_minitron(run, teacher, token_data, batches, scores, request):
-    """Keeps, the best first: for each depth and d_model the largest candidate that fits, ordered by
-    the loss straight after pruning."""
+    """The best Keeps, best first: for each depth and d_model the largest candidate that fits, in
+    order of the loss directly after pruning."""
     config, largest, kept, rows = teacher.config, {}, {}, []
     for _, counts, candidate in search(request, grid_for(config)):
         largest.setdefault((tuple(counts.items()), candidate.d_model), candidate)
@@ -641,7 +641,7 @@ def propose_minitron(run, teacher, token_data, batches, scores, request):
 
 @torch.no_grad()
 def propose_minipuzzle(run, teacher, token_data, batches, scores, request):
-    """Keeps, the best first: the choices of the integer program. Other widths stay as they are."""
+    """The best Keeps, best first, by the integer program. It changes layers and the MLP width."""
     config, width_costs = teacher.config, {}
     everything = list(range(len(config.pattern)))
     choose = lambda f, layers: keep_best(scores, config, dataclasses.replace(config, mlp_dim=f),
@@ -658,7 +658,7 @@ def propose_minipuzzle(run, teacher, token_data, batches, scores, request):
 
 
 def propose(run, teacher, token_data):
-    """The Keeps of the best --candidates, the same on every process."""
+    """The Keeps of the best --candidates, the same in every process."""
     request = request_for(run, teacher.config)
     needed, limit = request.needs(teacher.config) / GIB, request.limit / GIB
     print(f"budget       {limit:.4f} GiB of the teacher's {needed:.4f}, {run.context} tokens x "
@@ -669,22 +669,22 @@ def propose(run, teacher, token_data):
     batches = calibration(run, token_data, teacher.lm_head.weight.device)
     method = propose_minitron if run.method == "minitron" else propose_minipuzzle
     box = [method(run, teacher, token_data, batches[:2], importance(teacher, batches), request)]
-    if rank_and_size()[1] > 1:      # nearly equal scores may be ranked otherwise elsewhere
+    if rank_and_size()[1] > 1:      # other processes may rank nearly equal scores differently
         dist.broadcast_object_list(box)
     return box[0]
 
 
 def compress(run, teacher, token_data, loss_fn, task):
-    """(the pruned student, what a resumed run must know of it): propose, try, choose."""
+    """Propose candidates, try them, choose one: (pruned student, notes for a resumed run)."""
     before, proposals = validation_loss(run, teacher, token_data), propose(run, teacher, token_data)
     configs = [keep.config(teacher.config) for keep in proposals]
     device, dtype = teacher.lm_head.weight.device, teacher.compute_dtype
     trial, table = run.training(steps=-(-run.steps // TRIAL_SHARE)), []
     check_memory(trial, max(configs, key=HybridConfig.n_params), dtype, device.type)
-    print(f"loss [nats per token] straight after pruning and after {trial.steps} steps of "
+    print(f"loss [nats per token] directly after pruning and after {trial.steps} steps of "
           f"training:\n{'candidate':52s}{'params M':>9s}{'pruned':>9s}{'trained':>9s}")
     for keep, config in zip(proposals, configs):
-        student = prune(teacher, keep).float()      # fp32 masters, whatever the teacher is in
+        student = prune(teacher, keep).float()      # fp32 masters, whatever the teacher's dtype
         pruned = trained = validation_loss(run, student, token_data)
         if len(proposals) > 1:
             trained = train_briefly(trial, student, token_data, loss_fn, task)
@@ -696,7 +696,7 @@ def compress(run, teacher, token_data, loss_fn, task):
     chosen, scratch = min(range(len(table)), key=lambda i: table[i]["trained"]), None
     print(f"chosen       {describe(configs[chosen])}: the lowest loss")
     if run.scratch:
-        print(f"scratch      the same shape from nothing, {run.steps} steps", flush=True)
+        print(f"scratch      the same shape from scratch, {run.steps} steps", flush=True)
         torch.manual_seed(run.seed)
         model = HybridLM(configs[chosen], dtype).to(device)
         scratch = train_briefly(run.training(lr=train_fp8.Run.lr), model, token_data, task=task)
@@ -708,7 +708,7 @@ def compress(run, teacher, token_data, loss_fn, task):
 
 
 def build(run, teacher, training, state):
-    """The Job of the distillation. The checkpoint of step 0 has no tensors: pruning is repeated."""
+    """The Job of the distillation. A run resumed at step 0 prunes again."""
     device, token_data, loss_fn = pick_device(run.device), load_text(run), make_kd_loss(teacher)
     task = load_task(run, token_data)
     dtype = pick_dtype(state["compute_dtype"] if state else run.compute_dtype, device)
@@ -721,13 +721,13 @@ def build(run, teacher, training, state):
         check_memory(training, student.config, dtype, device)
     else:
         student, notes = compress(run, teacher, token_data, loss_fn, task)
-    print("distilling   loss is KL(teacher || student), val the student's loss on the text"
+    print("distilling   loss is KL(teacher || student), val is the student's loss on the text"
           + (", half of the rows are the task that the teacher was aligned to" if task else ""))
     return Job(student, token_data, loss_fn, task, eval_tokens=EVAL_TOKENS, notes=notes)
 
 
 def report(run, teacher_config, training, job, rows, student_loss):
-    """The tables, the plot, the last line's values."""
+    """Print the tables, draw the plot, return the values of the last line."""
     request, config, notes = request_for(run, teacher_config), job.model.config, job.notes
     before, pruned, scratch = (notes[f"{name}_val_loss"]
                                for name in ("teacher", "pruned", "scratch"))
@@ -753,7 +753,7 @@ def report(run, teacher_config, training, job, rows, student_loss):
         print(f"accuracy     teacher {notes['teacher_accuracy']:.1%}, pruned "
               f"{notes['pruned_accuracy']:.1%}, distilled {accuracy:.1%}")
     for name in ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"):
-        if (pathlib.Path(run.teacher) / name).exists():         # how a chat with it is written
+        if (pathlib.Path(run.teacher) / name).exists():         # the format of a chat
             shutil.copy(pathlib.Path(run.teacher) / name, run.out)
     return notes | dict(student_val_loss=student_loss, recovered=recovered(student_loss),
                         student_accuracy=accuracy,
@@ -763,7 +763,7 @@ def report(run, teacher_config, training, job, rows, student_loss):
 
 
 def plot_recovery(seen, teacher, scratch, title, path):
-    """Loss over tokens of distillation, between the pruned model and the teacher."""
+    """Draw the student's loss over tokens of distillation, and the teacher's."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis, tokens = figure.subplots(), [t / 1e6 for t, _ in seen]
     axis.plot(tokens, [loss for _, loss in seen], "o-", color="#4c72b0", label="student")

@@ -1,10 +1,10 @@
 """Training stability: which normalisation lets a model train at a high learning rate.
 
 If the learning rate is too high, the loss falls for a while and then climbs again, at worst to the
-unigram entropy, which is what the frequencies of single tokens give. Rybakov et al. (arXiv
+unigram entropy, the loss of predicting each token by its frequency alone. Rybakov et al. (arXiv
 2410.16682) provoke this in a transformer of 830M parameters. They see the outputs of its linear
 layers grow from step to step, those of QKV, Proj and FC2 most, and they compare ten methods. Each
-method is a change from outside to the model of model.py. With z = q k^T / sqrt(head_dim):
+method changes the model of model.py from outside. With z = q k^T / sqrt(head_dim):
 
     baseline        the model as it is, with a norm before each layer (pre-norm)
     soft_temp       softmax(z / 2)
@@ -15,36 +15,36 @@ method is a change from outside to the model of model.py. With z = q k^T / sqrt(
     layer_scale     the output of a layer is multiplied by a learned vector (Touvron et al., arXiv
                     2103.17239, who start it at 0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond)
     soft_cap        softmax(50 tanh(z / 50))
-    qk_norm         LayerNorm of q and of k, each head by itself
+    qk_norm         LayerNorm of q and of k, per head
     qk_fc_norm      qk_norm, and LayerNorm of the outputs of Proj and of FC2
     qkv_norm        LayerNorm of q, k and v, without the pre-norm
     qk_norm_cap     qk_norm and soft_cap
 
-On a hybrid. The scan is attention without a softmax: C plays the part of q, B that of k and x that
-of v; dt weighs a token and sets the decay. Hence, in a Mamba-2 layer,
+On a hybrid. The scan is attention without a softmax: C takes the role of q, B that of k and x that
+of v; dt weights a token and sets the decay. Hence, in a Mamba-2 layer,
 
-    qk_norm         normalises B and C by group and dt over heads, where in_proj puts them out
-    qkv_norm        normalises these, and x and z by head; the pre-norm is removed
+    qk_norm         normalises B and C per group and dt over heads, at the output of in_proj
+    qkv_norm        normalises these, and x and z per head; the pre-norm is removed
     qk_fc_norm, layer_scale, sigma_reparam      treat out_proj as Proj and in_proj as QKV
-    soft_*          change attention layers only; without any they are refused
+    soft_*          change only attention layers; a pattern without any is refused
 
 Heads share the weight (and the bias) of a norm, and so do groups. The pre-norms stay RMSNorms.
 
 Divergence. A trial has diverged if the loss or the gradient of a step is not finite; or if its
-validation loss was above 1.05 times its own best in three evaluations in a row (`diverges`), where
-the trial stops; or if its last validation loss is not below the unigram entropy. A spike from which
-the loss recovers is no divergence. bench/stability.py has two other rules.
+validation loss was above 1.05 times its own best in three evaluations in a row (`diverges`), at
+which the trial stops; or if its last validation loss is not below the unigram entropy. A spike from
+which the loss recovers is no divergence. bench/stability.py has two other rules.
 
 Search. The learning rates of --lr are tried in rising order until one diverges. Then the bracket
 between the highest that converged and the lowest that diverged is bisected in logarithms, until its
 ends are within a factor of --resolution. Its lower end is the max stable learning rate.
 
-What makes the toy diverge. One step of AdamW changes a matrix, as an operator, more the wider the
-matrix is. The paper's width of 1024 therefore diverges at learning rates ten times lower than the
+What makes the toy diverge. The wider a matrix is, the more one step of AdamW changes it as an
+operator. The paper's width of 1024 therefore diverges at learning rates ten times lower than the
 toy's 128: order and ratios can be compared with the paper's, learning rates cannot. At a width of
 64, embedding and head, which no method changes, diverged as soon as the linears did. The warmup
-takes half of the run, so that a model learns something before it loses it; then the learning rate
-is constant. AdamW and clipping are those of train_fp8.py. A step has 512 tokens.
+takes half of the run, so that a model learns before it diverges; then the learning rate is
+constant. AdamW and clipping are those of train_fp8.py. A step has 512 tokens.
 
 Glossary: as in model.py. QKV: q_proj, k_proj and v_proj as one linear | Proj: o_proj | FC1, FC2:
 up_proj, down_proj | logit: z before any capping | trial: a run of one method at one learning rate.
@@ -88,12 +88,12 @@ from train_fp8 import Run as TrainRun
 
 
 def attend_eager(q, k, v, mask=None, beta=1.0, cap=None, stretch=None):
-    """Attention.attend with the softmax in sight: q (b, heads, t, head_dim), k, v (b, g, kv_len,
+    """Attention.attend with an explicit softmax: q (b, heads, t, head_dim), k, v (b, g, kv_len,
     head_dim) -> (b, heads, t, head_dim).
 
     beta: softmax(beta z). cap: c of c tanh(z / c). stretch: (zeta, gamma) of soft_clip. mask: bool,
-    True is seen; None is causal, the last query seeing everything. KV heads are not repeated. The
-    scores of all pairs exist in memory: train long sequences with --recompute."""
+    True where a query sees a key; None is causal, and the last query sees all keys. KV heads are
+    not repeated. The scores of all pairs are stored: train long sequences with --recompute."""
     b, heads, t, head_dim = q.shape
     g, kv_len = k.shape[1:3]
     accum_dtype = accumulator(q)
@@ -115,7 +115,7 @@ def attend_eager(q, k, v, mask=None, beta=1.0, cap=None, stretch=None):
 
 
 class PartNorm(nn.Module):
-    """LayerNorm or RMSNorm, in fp32, of each `width` neighbours of the last axis: one head of q,
+    """LayerNorm or RMSNorm, in fp32, over each `width` neighbours of the last axis: one head of q,
     one group of B, or a whole output. All parts share one weight."""
 
     def __init__(self, width, kind="layernorm", eps=1e-5):
@@ -148,7 +148,7 @@ class SplitNorm(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """x times a learned vector, which starts the lower the deeper the model is (CaiT's values)."""
+    """x times a learned vector. It starts lower in deeper models (at CaiT's values)."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,8 +163,8 @@ class LayerScale(nn.Module):
 class SigmaReparam(nn.Module):
     """A parametrisation of a weight W (n, k): g W / sigma(W) with sigma = u^T W v.
 
-    u and v follow the largest singular value, one power iteration per `update`. g and the gradient
-    through sigma are learned. At the start the iteration runs until sigma is known."""
+    u and v follow the largest singular value by one power iteration per `update`; at the start the
+    iteration runs until sigma converges. g is learned; gradients also flow through sigma."""
 
     def __init__(self, weight, tolerance=1e-7, most=2000):
         super().__init__()
@@ -192,7 +192,7 @@ class SigmaReparam(nn.Module):
 
 
 def update_sigmas(model):
-    """One power iteration of every sigma in a model; without sigma_reparam it does nothing."""
+    """One power iteration of every sigma in a model; nothing without sigma_reparam."""
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
             weight = module.parametrizations.weight
@@ -202,11 +202,11 @@ def update_sigmas(model):
 class Method(NamedTuple):
     """What a method changes."""
 
-    paper: tuple                    # its highest learning rate that converged, lowest that diverged
-    attend: Callable | None = None  # takes the place of Attention.attend
-    normalised: str = ""            # "qk" or "qkv": what gets a norm after its projection
+    paper: tuple                    # its max stable learning rate, the lowest that diverged
+    attend: Callable | None = None  # replaces Attention.attend
+    normalised: str = ""            # "qk" or "qkv": the projections that get a norm
     pre_norm: bool = True           # False removes the norm before attention and Mamba layers
-    output: str = ""                # "norm" or "scale": what o_proj, down_proj, out_proj get
+    output: str = ""                # "norm" or "scale", after o_proj, down_proj, out_proj
     sigma: bool = False             # each weight W becomes g W / sigma(W)
 
 
@@ -225,7 +225,7 @@ METHODS = {
     "qkv_norm": Method((60e-3, 80e-3), normalised="qkv", pre_norm=False),
     "qk_norm_cap": Method((60e-3, None), normalised="qk", attend=soft_cap),     # sources disagree
 }
-LINEARS = {     # of each layer type: name in the paper -> the linears that make it
+LINEARS = {     # by layer type: {name in the paper: the linears that it consists of}
     "*": {"QKV": ("q_proj", "k_proj", "v_proj"), "Proj": ("o_proj",)},
     "-": {"FC1": ("up_proj",), "FC2": ("down_proj",)},
     "M": {"in_proj": ("in_proj",), "out_proj": ("out_proj",)},
@@ -234,19 +234,19 @@ OUTPUT = {"*": "o_proj", "-": "down_proj", "M": "out_proj"}
 
 
 def append_module(mixer, name, module):
-    """Let a module act on the output of the mixer's linear of that name."""
+    """Apply a module to the output of the mixer's linear of that name."""
     linear = getattr(mixer, name)
     setattr(mixer, name, nn.Sequential(linear, module.to(linear.weight)))
 
 
 def get_linear(mixer, name):
-    """The mixer's linear of that name, whether or not a module was appended to it."""
+    """The mixer's linear of that name, with or without an appended module."""
     module = getattr(mixer, name)
     return module[0] if isinstance(module, nn.Sequential) else module
 
 
 def normalise_projections(block, config, make_norm, parts):
-    """Norms after the projections of one layer. parts: "", "qk" or "qkv"."""
+    """Append norms to the projections of one layer. parts: "", "qk" or "qkv"."""
     if block.letter == "*":
         for part in parts:
             append_module(block.mixer, f"{part}_proj", make_norm(config.head_dim))
@@ -261,9 +261,9 @@ def normalise_projections(block, config, make_norm, parts):
 def apply_method(model, method, norm="layernorm"):
     """Change a HybridLM in place to train by one of METHODS. Returns it.
 
-    norm: "layernorm" or "rmsnorm", of the norms that are added. With sigma_reparam, call
-    `update_sigmas(model)` before each training pass. FP8 linears (train_fp8.convert_to_fp8) must be
-    in place before. Raises ValueError for an unknown method or norm, and for a method that changes
+    norm: "layernorm" or "rmsnorm", the kind of the added norms. With sigma_reparam, call
+    `update_sigmas(model)` before each training pass. Convert to FP8 (train_fp8.convert_to_fp8)
+    before this. Raises ValueError for an unknown method or norm, and for a method that changes
     the softmax on a pattern without attention."""
     config = model.config
     if method not in METHODS:
@@ -298,7 +298,7 @@ def apply_method(model, method, norm="layernorm"):
 
 @contextlib.contextmanager
 def probe(model):
-    """Record the norms of a forward and a backward pass. Apply methods before.
+    """Record the norms of a forward and a backward pass. Call `apply_method` before.
 
         with probe(model) as seen:
             loss = model.loss(tokens, labels)
@@ -307,8 +307,8 @@ def probe(model):
 
     weight is the L2 norm of a linear's weight. input and output are the L2 norm of a token's
     vector, root mean square over tokens. grad is the L2 norm of the gradient with respect to the
-    linear's input, and arrives during the backward pass. logit is the largest attention logit that
-    a query may see."""
+    linear's input, recorded during the backward pass. logit is the largest unmasked attention
+    logit."""
     seen = {}
     record = lambda f, *key: functools.partial(f, seen, key)
     with contextlib.ExitStack() as stack:
@@ -321,7 +321,7 @@ def probe(model):
                 record(record_output, kind, i, name))
                 for kind, names in LINEARS[block.letter].items() for name in names]
             for hook in hooks:
-                stack.enter_context(hook)               # removes it at the end
+                stack.enter_context(hook)               # removes the hook at the end
             if block.letter == "*":
                 stack.callback(setattr, mixer, "attend", mixer.attend)
                 mixer.attend = functools.partial(record_logit, seen, mixer.attend)
@@ -329,8 +329,8 @@ def probe(model):
 
 
 def record_input(seen, key, module, inputs):
-    """A forward pre-hook. The module gets a view of its input, whose gradient is that of this
-    module alone, since the residual stream has other readers."""
+    """A forward pre-hook. The module gets a view of its input, whose gradient comes from this
+    module alone; the residual stream itself has other readers."""
     x = inputs[0].view_as(inputs[0])
     seen["input", *key] = token_norm(x)
     if x.requires_grad:
@@ -346,7 +346,7 @@ def record_output(seen, key, linear, inputs, output):
 
 
 def record_logit(seen, attend, q, k, v, mask=None):
-    """In place of `attend`, which it calls: the largest logit, from one row's scores at a time."""
+    """Record the largest logit, from the scores of one row at a time, and call `attend`."""
     t, kv_len = q.shape[2], k.shape[2]
     causal = torch.ones(1, t, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - t)
     for row, (queries, keys) in enumerate(zip(q.detach(), k.detach())):
@@ -363,7 +363,7 @@ def token_norm(x):
 
 
 def mean_norms(seen):
-    """What `probe` has seen, as means over layers: {linear: {"weight", ...}, "logit": largest}."""
+    """What `probe` recorded, as means over layers: {linear: {"weight", ...}, "logit": largest}."""
     squares = collections.defaultdict(lambda: collections.defaultdict(float))
     for what, kind, layer, name in (key for key in seen if key != "logit"):
         squares[kind, what][layer] += seen[what, kind, layer, name] ** 2    # q, k, v are one linear
@@ -401,15 +401,16 @@ PRESETS = {     # (configuration, settings of the run); hybrids have attention w
 
 @dataclasses.dataclass
 class Run:
-    """Find the max stable learning rate of each method, and what grows beyond it. What has no
-    default here is the preset's. The same command goes on in --out where it stopped."""
+    """Find the max stable learning rate of each method, and what grows beyond it. Flags without a
+    default here have the preset's. The same command resumes a stopped sweep in --out."""
 
     preset: str = flag("toy", "one of " + ", ".join(PRESETS), choices=PRESETS)
-    methods: str | None = flag(None, "of " + ", ".join(METHODS), nargs="+", session=True)
-    lr: float | None = flag(None, "tried in rising order", above=0, nargs="+", session=True)
+    methods: str | None = flag(None, "from " + ", ".join(METHODS), nargs="+", session=True)
+    lr: float | None = flag(None, "learning rates, tried in rising order", above=0, nargs="+",
+                             session=True)
     resolution: float | None = flag(None, "factor to which the max stable learning rate is found "
                                     "(1: no bisection)", at_least=1, session=True)
-    seed: int = flag(0, "of initialisation and data order", at_least=0, at_most=2 ** 63 - 1)
+    seed: int = flag(0, "seed of initialisation and data order", at_least=0, at_most=2 ** 63 - 1)
     steps: int | None = flag(None, "optimizer steps per trial", at_least=1)
     batch_size: int | None = flag(None, "sequences per step", at_least=1)
     grad_accum: int | None = flag(None, "backward passes per step", at_least=1)
@@ -436,17 +437,17 @@ class Run:
             raise ValueError(f"--methods has {unknown[0]!r}, must be of {', '.join(METHODS)}")
         self.methods = [method for method in METHODS if method in self.methods]
         self.lr = sorted(set(self.lr))
-        self.training(self.lr[0])                       # for its checks
+        self.training(self.lr[0])                       # raises for bad values
 
     def training(self, lr):
-        """The run of train_fp8 that a trial is: after the warmup the learning rate is constant."""
+        """The train_fp8.Run of a trial. After the warmup the learning rate is constant."""
         return TrainRun(data=self.data, tokenizer=self.tokenizer, recipe="none", steps=self.steps,
                         batch_size=self.batch_size, grad_accum=self.grad_accum,
                         seq_len=self.seq_len, recompute=self.recompute, lr=lr, warmup=self.warmup,
                         decay=0.0, eval_every=self.eval_every, seed=self.seed)
 
     def config(self, vocab_size=None):
-        """The preset's HybridConfig, with the tokenizer's number of entries."""
+        """The preset's HybridConfig, with the tokenizer's vocabulary size."""
         values = PRESETS[self.preset][0]
         return HybridConfig(**values | dict(vocab_size=vocab_size or values["vocab_size"]))
 
@@ -458,8 +459,8 @@ RATIO, PATIENCE = 1.05, 3       # diverged: validation loss above RATIO x its be
 
 
 def diverges(evals):
-    """Whether [[step, validation loss], ...] is that of a trial that diverges: a loss that is not
-    finite, or PATIENCE in a row above RATIO times the best before them."""
+    """Whether a trial with evals [[step, validation loss], ...] diverges: a loss is not finite, or
+    PATIENCE losses in a row are above RATIO times the best before them."""
     best, above = math.inf, 0
     for _, loss in evals:
         above = above + 1 if loss > RATIO * best else 0
@@ -479,10 +480,10 @@ def unigram_entropy(token_data, run):
 
 
 def run_trial(run, config, method, lr, token_data, device):
-    """Train one method at one learning rate; probe it where it is evaluated, and in the first step.
+    """Train one method at one learning rate; probe the first step and each step that is evaluated.
 
-    Returns dict(method, lr, seed, diverged: the step at which that was clear, or None, loss: the
-    last validation loss, or None if diverged, evals [[step, loss]], norms [{step, linear:
+    Returns dict(method, lr, seed, diverged: the step at which divergence was found, or None, loss:
+    the last validation loss, or None if diverged, evals [[step, loss]], norms [{step, linear:
     norms}])."""
     torch.manual_seed(run.seed)
     training, step, evals, probes = run.training(lr), 1, [], {}
@@ -524,13 +525,13 @@ def run_trial(run, config, method, lr, token_data, device):
 
 
 def get_outcomes(trials, method):
-    """{learning rate: whether it diverged} of a method."""
+    """{learning rate: whether the trial diverged} of a method."""
     return {t["lr"]: bool(t["diverged"]) for t in trials if t["method"] == method}
 
 
 def get_bracket(outcomes):
-    """(max stable learning rate, lowest learning rate that diverged), each None if there is none.
-    What converged above one that diverged does not count."""
+    """(max stable learning rate, lowest learning rate that diverged), each None if there is none. A
+    learning rate that converged above one that diverged does not count."""
     high = min((lr for lr, diverged in outcomes.items() if diverged), default=None)
     stable = [lr for lr, diverged in outcomes.items()
               if not diverged and (high is None or lr < high)]
@@ -538,7 +539,7 @@ def get_bracket(outcomes):
 
 
 def next_lr(lrs, outcomes, resolution):
-    """The learning rate to try next, or None if the max stable one is known."""
+    """The learning rate to try next, or None if the search is finished."""
     for lr in sorted(lrs):
         if lr not in outcomes:
             return lr
@@ -553,10 +554,10 @@ def next_lr(lrs, outcomes, resolution):
 
 @contextlib.contextmanager
 def open_trials(folder, settings, overwrite=False):
-    """(the trials that are done, a function that adds one) of trials.jsonl in a folder, whose first
-    line is the settings. No other process may open it inside `with`.
+    """Open trials.jsonl in a folder for this process alone. Yields (the finished trials, a function
+    that adds one). The first line of the file holds the settings.
 
-    Raises FileExistsError if another process has, and for trials of other settings."""
+    Raises FileExistsError if another process has it open, and for trials of other settings."""
     path, settings = pathlib.Path(folder) / "trials.jsonl", json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path.parent / ".lock", blocking=False)
@@ -575,8 +576,8 @@ def open_trials(folder, settings, overwrite=False):
                                       f"({theirs.get(name)!r}, now {settings[name]!r}): choose "
                                       "another --out, or --overwrite")
         lines = [json.dumps(row) + "\n" for row in [head, *trials]]
-        write_text(path, "".join(lines))                # without a line that was cut short
-        print(f"trials       {len(trials)} are done; the same command goes on after a stop",
+        write_text(path, "".join(lines))                # drops a last line that was cut short
+        print(f"trials       {len(trials)} are done; the same command resumes after a stop",
               flush=True)
 
         def add(trial):
@@ -592,7 +593,7 @@ def open_trials(folder, settings, overwrite=False):
 # python stability.py
 
 def report(run, trials):
-    """The table of losses by method and learning rate, the plot, and the last line's values."""
+    """Print losses by method and learning rate, draw the plot, return the last line's values."""
     table, max_lr, trials = {}, {}, [t for t in trials if t["method"] in run.methods]
     print(f"\n{'validation loss':15s}" + "".join(f"{lr:8g}" for lr in run.lr)
           + f"{'max stable lr':>16s}{'in the paper':>15s}")
@@ -611,8 +612,7 @@ def report(run, trials):
 
 
 def pick_pair(run, trials):
-    """(a diverging trial, a converging one of its learning rate, or else of its method), or
-    None."""
+    """(a diverging trial, a converging one at its learning rate or else of its method), or None."""
     rank = lambda t: (run.methods.index(t["method"]), t["lr"])
     bad = sorted((t for t in trials if t["diverged"] and t["norms"]), key=rank)
     good = sorted((t for t in trials if not t["diverged"]), key=rank)
@@ -621,7 +621,7 @@ def pick_pair(run, trials):
 
 
 def plot_pair(bad, good, path):
-    """Validation loss, output norms and largest logit of two trials."""
+    """Draw validation loss, output norms and largest logit of two trials."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     loss, outputs, logit = axes = figure.subplots(1, 3)
     for trial, style in ((bad, "-"), (good, "--")):
@@ -643,7 +643,7 @@ def plot_pair(bad, good, path):
 
 
 def show_costs(run, config):
-    """Print what a sweep takes; the last line's values of --list."""
+    """Print the cost of a sweep; return the last line's values of --list."""
     n, tokens = config.n_params(), run.batch_size * run.seq_len
     flops = 3 * sum(config.flops_by_part(run.seq_len).values()) * tokens * run.steps
     print(f"model        {config.pattern}: {n:,} parameters, d_model {config.d_model}, vocabulary "
@@ -655,13 +655,13 @@ def show_costs(run, config):
 
 
 def prepare(run):
-    """(device, token data, config, settings) of a sweep. Raises for what no trial could do."""
+    """(device, token data, config, settings) of a sweep. Raises if no trial could run."""
     device = pick_device(run.device)
     print(f"settings     {tune_cpu()}" if device == "cpu" else f"device       {device}")
     text = load_data(run.data, run.tokenizer, run.config().vocab_size)
     config, training = run.config(text.vocab_size), run.training(run.lr[0])
     show_costs(run, config)
-    make_batches(training, text)                        # whether the text is long enough
+    make_batches(training, text)                        # raises if the text is too short
     check_memory(training, config, getattr(torch, run.compute_dtype), device)
     return device, text, config, settings_of(run) | dict(config=dataclasses.asdict(config),
                                                          text=text.fingerprint | dict(source=None))

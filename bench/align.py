@@ -1,13 +1,14 @@
-"""Alignment measured over seeds, and three shapes of model that learn the same task from nothing.
+"""Accuracy of alignment over seeds, and of three shapes of model trained on its task from scratch.
 
-    seeds    python align.py and python prune_distill.py once per seed, from one base: accuracy
-             after SFT, after GRPO and merged, by lines of thought; teacher, pruned and distilled
-    shapes   a hybrid, a transformer with rotary positions and a pure Mamba of equal parameters, on
-             equal tokens: accuracy by length of the problem with and without a thought, by lines of
-             thought, and tokens of thought per second when thoughts are long
+    seeds    runs align.py and prune_distill.py once per seed, all from one base model: accuracy
+             after SFT, GRPO and merging, by lines of thought, and of teacher, pruned and distilled
+    shapes   trains a hybrid, a transformer with rotary positions and a pure Mamba of equal size on
+             equal numbers of tokens: accuracy by length of the problem, with and without a thought,
+             and by lines of thought; tokens of thought per second after long contexts
 
-Tests are the same for all: problems that no seed is trained on. A share of n answers has a standard
-error of its own, sqrt(p (1 - p) / n), at most 2.5% for 400; what is printed is the spread of seeds.
+All runs are tested on the same problems, and no seed is trained on them. The accuracy on n problems
+has a standard error of sqrt(p (1 - p) / n), at most 2.5% for 400. The tables print the standard
+deviation over seeds.
 
     python -m bench.align               both parts, resumable; 50 min on 2 cores
     python -m bench.align --part shapes --seeds 1
@@ -30,41 +31,36 @@ import prune_distill
 import train_fp8
 from bench.infer import Measured
 from bench.model import shapes
+from bench.ssm import mean_and_spread
 from common import check_flags, flag, read_rows, script, tune_cpu, write_json
 from data import encoding_from_json, make_tokenizer
 from infer import speed_up_decode
 from model import HybridLM
 
-LENGTHS, LONGER = (2, 3, 4), (2, 3, 4, 6)       # operations of a problem: trained on, tested on
+LENGTHS, LONGER = (2, 3, 4), (2, 3, 4, 6)       # operations per problem: in training, in tests
 TESTS = 400                                     # problems of each length
-CONTEXTS = (256, 1024, 4096, 16384)             # tokens before a thought's next one
+CONTEXTS = (256, 1024, 4096, 16384)             # tokens in the cache where decoding is timed
 
 
 @dataclasses.dataclass
 class Run:
-    """Accuracy over seeds, and of three shapes of model. Goes on in --out where it stopped."""
+    """Accuracy over seeds, and of three shapes of model. The same command resumes in --out."""
 
     part: str = flag("both", "both, seeds or shapes", choices=("both", "seeds", "shapes"))
-    seeds: int = flag(3, "runs of each kind", at_least=1)
-    base: str = flag("out/base", "run folder of train_fp8.py, for the seeds")
-    data: str = flag("stdlib", "its text")
-    steps: int = flag(300, "optimizer steps of each shape", at_least=1)
-    batch_size: int = flag(16, "rows per step of each shape", at_least=1)
-    lr: float = flag(3e-3, "peak learning rate of each shape", above=0)
+    seeds: int = flag(3, "number of seeds", at_least=1)
+    base: str = flag("out/base", "seeds: run folder of train_fp8.py to start from")
+    data: str = flag("stdlib", "seeds: text for align.py and prune_distill.py")
+    steps: int = flag(300, "shapes: optimizer steps", at_least=1)
+    batch_size: int = flag(16, "shapes: rows per step", at_least=1)
+    lr: float = flag(3e-3, "shapes: peak learning rate", above=0)
     out: str = flag("out/bench-align", "folder of the runs, seeds.json and shapes.json")
 
     def __post_init__(self):
         check_flags(self)
 
 
-def mean_and_spread(values):
-    """dict(mean, deviation over seeds (None of one), each)."""
-    return dict(mean=statistics.mean(values), each=values,
-                deviation=statistics.stdev(values) if values[1:] else None)
-
-
 def show(name, values):
-    """Print one line of a table of shares, in percent; returns its mean and spread."""
+    """Print a row of shares in percent. Returns their mean and spread."""
     row = mean_and_spread(values)
     spread = "" if row["deviation"] is None else f" +- {row['deviation']:.1%}"
     print(f"  {name:34s}{row['mean']:8.1%}{spread:9s}   " + " ".join(f"{v:.1%}" for v in values))
@@ -76,16 +72,16 @@ def show(name, values):
 
 
 def result_of(main, arguments, folder):
-    """What a script reports in its last line; a folder that has finished is only read."""
+    """Run a script in a folder, unless it has finished there. Returns its reported values."""
     main([*arguments, "--out", str(folder)])
     rows = read_rows(folder / "metrics.jsonl")
     if not rows or "final" not in rows[-1]:
-        raise KeyboardInterrupt                 # stopped, resumable
+        raise KeyboardInterrupt                 # it was stopped; it can be resumed
     return rows[-1]["final"]
 
 
 def measure_seeds(run):
-    """Tables of the pipeline's accuracies, one run per seed, all from one base."""
+    """Run the pipeline once per seed, all from one base. Returns tables of accuracy and loss."""
     aligned, compressed = [], []
     for seed in map(str, range(run.seeds)):
         folder = pathlib.Path(run.out) / f"seed-{seed}"
@@ -104,7 +100,7 @@ def measure_seeds(run):
         name = f"{lines} lines of thought"
         table[name] = show(name, [row["accuracy_by_budget"][lines] for row in aligned])
     for name in ("no_thought", "wrong_thought"):
-        table[name] = show(f"of the right answers: {name}", column(aligned, name))
+        table[name] = show(f"right answers with {name.replace('_', ' ')}", column(aligned, name))
     for name in ("teacher", "pruned", "student"):
         table[name] = show(name, column(compressed, f"{name}_accuracy"))
     table["student / teacher"] = show("student / teacher", [
@@ -119,8 +115,8 @@ def measure_seeds(run):
 
 
 def learn(run, name, seed, tokenizer_json):
-    """One shape and seed, trained on the task alone: its last loss, its accuracy by length and
-    budget."""
+    """Train one shape with one seed on the task alone. Returns dict(shape, seed, loss: mean of the
+    last 20 steps, accuracy: by length of the problem and lines of thought)."""
     torch.set_num_threads(1)
     tune_cpu()
     torch.manual_seed(seed)
@@ -143,7 +139,7 @@ def learn(run, name, seed, tokenizer_json):
 
 
 def measure_shapes(run):
-    """Train every shape with every seed, a process per core; then time long thoughts, alone."""
+    """Train every shape with every seed, one process per core. Then time decoding, one by one."""
     tokenizer_json = make_tokenizer("bytes", [], 0)
     configs = shapes(-(-encoding_from_json(tokenizer_json).n_vocab // 16) * 16)
     for name, config in configs.items():
@@ -170,7 +166,7 @@ def measure_shapes(run):
         table[name] = {key: show(key, [m["accuracy"][key] for m in mine])
                        for key in mine[0]["accuracy"]}
         table[name]["loss"] = mean_and_spread([m["loss"] for m in mine])
-    print(f"\n{tune_cpu()}; tokens of thought per second, 8 rows, after so many\n{'':14s}"
+    print(f"\n{tune_cpu()}; tokens of thought per second, 8 rows, by tokens in the cache\n{'':14s}"
           + "".join(f"{n:9d}" for n in CONTEXTS))
     for name, config in configs.items():
         model = speed_up_decode(HybridLM(config).eval())

@@ -1,20 +1,20 @@
-"""Everything that only a GPU shows, in one call of at most 9 minutes: one table, one line of JSON.
+"""All measurements that need a GPU, in one call of at most 9 minutes: one table, one line of JSON.
 
     tests      the GPU tests of the repository
-    scan       the Triton kernels against fp64, and their time beside the chunked form's (and
-               mamba_ssm's, where it is installed) at the 9B's shape
+    scan       errors of the Triton kernels against fp64, and their time against the chunked form
+               (and mamba_ssm and fla, if installed) at the 9B's shape
     fused      convolution, norm and decode step: plain against torch.compile
-    fp8        each recipe's real GEMM against the emulated one, and its speed against bf16's
+    fp8        real against emulated GEMM of each recipe, and its speed against bf16
     training   a training step of the preset small by recipe, and its model FLOPs utilisation (MFU)
-    plan       the 9B at 131072 tokens within 19.66 GiB: planned bytes against the peak
+    plan       the 9B at 131072 tokens within 19.66 GiB: planned bytes against the measured peak
     decode     a decode step of the 9B, and its model bandwidth utilisation (MBU)
     scenario   8k tokens in, 16k out, in 21.06 GiB: the 9B against Qwen3-8B's shape
 
-Sections run in this order until the time is over, which is looked at after each row. One that
-fails, or for which no time is left, says so in its row and does not stop the others. Without a CUDA
-GPU the same code runs on tiny sizes: a dry run, to test it. Its figures mean nothing.
+Sections run in this order. The time limit is checked after each row. A section that fails or has no
+time left reports so in its row, and the others still run. Without a CUDA GPU the same code runs on
+tiny sizes: a dry run, which tests the code. Its figures mean nothing.
 
-    python -m bench.gpu                       on one GPU; on a CPU dry, 1 min
+    python -m bench.gpu                       on one GPU; on a CPU a dry run, 1 min
     python -m bench.gpu --sections scan fp8
 """
 
@@ -29,7 +29,7 @@ import torch
 import bench.infer
 import bench.train_fp8
 from bench.infer import Measured, build_random, equal_transformer, fit, measure_scenario
-from bench.ssm import SHAPES, median_seconds, time_scans, time_steps
+from bench.ssm import SHAPES, find_gpu, median_seconds, time_scans, time_steps
 from common import GIB, check_flags, flag, script
 from infer import GPUS, step_bytes
 from model import HybridConfig
@@ -42,7 +42,7 @@ DRY = HybridConfig.preset("toy", vocab_size=512)
 
 @dataclasses.dataclass
 class Machine:
-    """What is measured on: bytes/s and dense bf16 FLOP/s by the data sheet; dry: without a GPU."""
+    """Where it runs, with bytes/s and dense bf16 FLOP/s of the data sheet; dry: without a GPU."""
     name: str
     device: str
     dry: bool
@@ -58,9 +58,8 @@ def find_machine():
     """The first CUDA GPU, or the CPU for a dry run."""
     if not torch.cuda.is_available():
         return Machine("no GPU: a dry run", "cpu", True, 1e10, 1e11)
-    name = torch.cuda.get_device_name()
-    words = re.split(r"[^a-z0-9]+", name.lower().replace("rtx ", "rtx"))
-    _, bandwidth, flops = GPUS[next((gpu for gpu in GPUS if gpu in words), "h100")]
+    name, known = find_gpu()
+    _, bandwidth, flops = GPUS[known or "h100"]
     return Machine(name, "cuda", False, bandwidth * 1e9, flops * 1e12)
 
 
@@ -69,7 +68,7 @@ def find_machine():
 
 
 def run_tests(machine):
-    """Of the files that hold GPU tests; dry: they are only collected."""
+    """Run the GPU tests; a dry run only collects them."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_triton.py",
                *["--collect-only"] * machine.dry]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -96,7 +95,7 @@ def measure_scan(machine):
 
 @torch.no_grad()
 def measure_fused(machine):
-    """Plain torch against what `fuse` makes of it; dry: the same function twice."""
+    """Plain torch against what `fuse` compiles; in a dry run both are the same function."""
     h, p, g, n = (4, 16, 2, 16) if machine.dry else SHAPES["9B"]
     make = lambda *size: torch.randn(*size, device=machine.device)
     channels, t = h * p + 2 * g * n, 64 if machine.dry else 8192
@@ -158,7 +157,7 @@ def measure_plan(machine):
     limit = int(19.66 * GIB)
     found = fit(run, HybridConfig.preset(preset), machine.device, machine.dtype, limit)
     yield f"planned for {context} tokens", found["predicted_bytes"] / GIB, "GiB"
-    yield "taken at most", found["peak_bytes"] / GIB, "GiB"
+    yield "measured peak", found["peak_bytes"] / GIB, "GiB"
     yield f"within {limit / GIB:.2f} GiB", int(found["fits"]), "(1: yes)"
     yield "prefill", found["prefill_tokens_per_s"], "tokens/s"
     yield "decode, first steps", found["tokens_per_s"], "tokens/s"
@@ -184,7 +183,7 @@ def scenario(machine):
     for name, row in found.items():
         for key, unit in (("batch", "sequences"), ("measured_tokens_per_s", "tokens/s"),
                           ("tokens_per_s", "tokens/s, roofline")):
-            yield name, row[key], unit if name != "ratio" else f"times, {unit}"
+            yield name, row[key], unit if name != "ratio" else f"x ({unit})"
 
 
 SECTIONS = dict(tests=run_tests, scan=measure_scan, fused=measure_fused, fp8=measure_fp8,
@@ -194,10 +193,10 @@ SECTIONS = dict(tests=run_tests, scan=measure_scan, fused=measure_fused, fp8=mea
 
 @dataclasses.dataclass
 class Run:
-    """Measure what only a GPU shows; a dry run on a CPU."""
+    """Measure all that needs a GPU; on a CPU a dry run with tiny sizes."""
 
-    sections: tuple[str, ...] = flag(tuple(SECTIONS), "of " + ", ".join(SECTIONS), nargs="+")
-    minutes: float = flag(9.0, "after which nothing more is measured", above=0)
+    sections: tuple[str, ...] = flag(tuple(SECTIONS), "sections to run, in this order", nargs="+")
+    minutes: float = flag(9.0, "time limit of the whole call", above=0)
 
     def __post_init__(self):
         check_flags(self)
@@ -217,8 +216,8 @@ def main(run):
             for row in SECTIONS[name](machine):
                 rows.append(row)
                 if time.perf_counter() - start > 60 * run.minutes:
-                    raise TimeoutError("no time left for what follows")
-        except Exception as error:          # whatever it is, the other sections go on
+                    raise TimeoutError("no time left for the remaining rows")
+        except Exception as error:          # of any kind: the other sections still run
             rows.append(("failed", str(error).splitlines()[0] if str(error) else repr(error), ""))
         if not machine.dry:
             torch.cuda.empty_cache()

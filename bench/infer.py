@@ -1,12 +1,13 @@
-"""Inference measured: speed against context and batch, and the memory plan against real memory.
+"""Inference: speed against context and batch, and measured memory against the memory plan.
 
-    python -m bench.infer               a hybrid, a transformer of equal size and the hybrid with
-                                        Mamba in place of its attention layers, in the same code;
-                                        then the paper's 8k in, 16k out in a fixed memory; 2 min
+    python -m bench.infer               speed of a hybrid, a transformer of equal size and the
+                                        hybrid with Mamba layers instead of attention, in the same
+                                        code; then 8k tokens in and 16k out in a fixed memory, as in
+                                        the paper (on a CPU a sixteenth of both); 2 min
     python -m bench.infer --fit --preset small --context 8192
-                                        random weights are built, run and compared with the plan
-    python -m bench.infer --picture     out/pipeline.png, from what the runs in out/base,
-                                        out/aligned and out/compressed logged
+                                        memory of a model with random weights against the plan
+    python -m bench.infer --picture     out/pipeline.png, from the logs of the runs in out/base,
+                                        out/aligned and out/compressed
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import align
 from bench.ssm import median_seconds
@@ -32,7 +34,7 @@ from model import FP32_PARAMETERS, PRESETS, HybridConfig, HybridLM, set_paramete
 
 
 def build_random(config, device="cpu", dtype=torch.float32, seed=0):
-    """A HybridLM for inference with random weights in dtype, which are all the memory it takes."""
+    """A HybridLM for inference with random weights in dtype; it takes only their memory."""
     with torch.device("meta"):
         model = HybridLM(config)
     for name, p in list(model.named_parameters()):
@@ -40,7 +42,7 @@ def build_random(config, device="cpu", dtype=torch.float32, seed=0):
         stored = wide if name.endswith(FP32_PARAMETERS) else dtype
         set_parameter(model, name, torch.ones(p.shape, dtype=stored, device=device))
     torch.manual_seed(seed)
-    model.init_weights()                # all but the norms, which stay 1
+    model.init_weights()                # of all but the norms, which stay 1
     return speed_up_decode(model.eval())
 
 
@@ -53,7 +55,7 @@ def equal_transformer(config):
 
 
 class Measured:
-    """Seconds of the prefill of one row and of a decode step; on a CPU, the attention's share."""
+    """Seconds of the prefill of one row and of a decode step; on a CPU also attention's share."""
 
     def __init__(self, model, batch, context, chunk=1024, repeats=20):
         device = model.lm_head.weight.device
@@ -67,7 +69,7 @@ class Measured:
 
     @torch.inference_mode()
     def attention_seconds(self, model, cache):
-        """Seconds that the attention layers alone take of a decode step."""
+        """Seconds of a decode step that the attention layers take."""
         x = model.embed(torch.zeros(cache.batch, 1, dtype=torch.int64))
         pairs = [pair for pair in zip(model.backbone.layers, cache.layers) if pair[0].letter == "*"]
         run = lambda: [layer(x, state) for layer, state in pairs]
@@ -76,7 +78,7 @@ class Measured:
 
 
 def measure_speed(run, models, device, dtype, limit, bandwidth):
-    """The table {model: {batch x context: numbers}} of decode and prefill, printed as it grows."""
+    """Print and return the table {model: {batch x context: numbers}} of decode and prefill."""
     contexts = (8192, 32768, 131072) if device != "cpu" else (256, 1024, 4096, 16384)
     contexts = [n for n in contexts if n <= (run.context or n)] or [run.context]
     print(f"{'model':14s}{'context':>9s}{'batch':>7s}{'prefill tok/s':>15s}{'decode ms':>11s}"
@@ -102,9 +104,9 @@ def measure_speed(run, models, device, dtype, limit, bandwidth):
 
 
 def scenario(config, limit, inputs, outputs, bandwidth, flops, batch=0, dtype=torch.bfloat16):
-    """Ceilings of batch (the largest within the limit, if not given) and of generated tokens/s over
-    all prefills and decode steps. A step is linear in its context: the mean stands for all.
-    """
+    """dict(batch, tokens_per_s): the batch (if 0, the largest within the limit), and the ceiling of
+    generated tokens/s over all prefills and decode steps. The time of a step is linear in its
+    context, so the step at the mean context stands for all."""
     batch = batch or plan(config, inputs + outputs, dtype=dtype, limit=limit)["largest_batch"]
     if not batch:
         return dict(batch=0, tokens_per_s=0.0)
@@ -115,12 +117,12 @@ def scenario(config, limit, inputs, outputs, bandwidth, flops, batch=0, dtype=to
 
 
 def measure_scenario(run, models, device, dtype, bandwidth, flops):
-    """Many tokens out of a fixed memory: 8k in and 16k out as the paper; on a CPU a sixteenth."""
+    """The paper's 8k tokens in and 16k out, in a fixed memory; on a CPU a sixteenth of both."""
     inputs = min(8192 if device != "cpu" else 512, run.context or 8192)
     outputs, limit, result = 2 * inputs, int(run.memory_gib * GIB), {}
     if not limit:               # what the transformer needs for one and a half sequences
-        one = plan(models["transformer"], inputs + outputs, dtype=dtype)
-        limit = int(one["total_bytes"] + 0.5 * one["parts"]["kv"])
+        needed = plan(models["transformer"], inputs + outputs, dtype=dtype)
+        limit = int(needed["total_bytes"] + 0.5 * needed["parts"]["kv"])
     print(f"\n{inputs} tokens in, {outputs} out, within {limit / GIB:.3f} GiB\n"
           f"{'model':14s}{'batch':>7s}{'tok/s measured':>16s}{'tok/s roofline':>16s}")
     for name in ("hybrid", "transformer"):
@@ -142,14 +144,14 @@ def measure_scenario(run, models, device, dtype, bandwidth, flops):
 
 
 def measure(run, config, device, dtype, limit):
-    """All of speed, beside the limits of this machine."""
+    """Bandwidth and FLOP/s of this machine, then the speed of each model."""
     check_plan(config, limit, (run.context or 256) + 64, 1, dtype=dtype)
     settings = torch.cuda.get_device_name() if device.startswith("cuda") else tune_cpu()
     a = torch.ones(2 ** 26 if device == "cpu" else 2 ** 28, device=device)
     b, m = torch.empty_like(a), torch.randn(2048, 2048, device=device, dtype=dtype)
     bandwidth = 2 * a.nbytes / median_seconds(lambda: b.copy_(a), device)
     flops = 2 * 2048 ** 3 / median_seconds(lambda: m @ m, device)
-    a = b = m = None        # frees them
+    a = b = m = None        # frees their memory
     print(f"{settings}; {torch.get_num_threads()} threads, torch {torch.__version__}; copies "
           f"{bandwidth / 1e9:.1f} GB/s, products {flops / 1e12:.2f} TFLOP/s ({str(dtype)[6:]})")
     other = HybridConfig.preset("qwen3-8b-shape") if config.d_model >= 4096 else \
@@ -164,20 +166,20 @@ def measure(run, config, device, dtype, limit):
 
 @contextlib.contextmanager
 def measured_peak(device):
-    """Yields a function: the most bytes by which this process has grown since here."""
+    """Yield a function that returns the peak growth of this process's memory, in bytes."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
-    if platform.libc_ver()[0] == "glibc":       # freed memory is to leave the process at once
+    if platform.libc_ver()[0] == "glibc":       # return freed memory to the system at once
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 65536)             # M_MMAP_MAX
         libc.mallopt(-3, 2 ** 16)           # M_MMAP_THRESHOLD
         libc.malloc_trim(0)
     process = pathlib.Path("/proc/self")
-    (process / "clear_refs").write_text("5")                # the peak begins again
+    (process / "clear_refs").write_text("5")                # resets the peak
     resident = lambda key: next(1024 * int(line.split()[1]) for line in (
         process / "status").read_text().splitlines() if line.startswith(key))
     before = resident("VmRSS")
@@ -185,16 +187,16 @@ def measured_peak(device):
 
 
 def fit(run, config, device, dtype, limit):
-    """Build, prefill and decode within the limit, and compare memory with the plan."""
+    """Build a model, prefill and decode within the limit, and compare memory with the plan."""
     cuda, context = device.startswith("cuda"), run.context or 8192
     if device == "cpu" and not pathlib.Path("/proc/self/clear_refs").exists():
-        raise ValueError("--fit on a CPU reads the peak from /proc, which is Linux's")
+        raise ValueError("--fit on a CPU reads the peak from /proc, which only Linux has")
     found = check_plan(config, limit, context + run.tokens, run.batch, dtype=dtype,
                        prefill_chunk=run.prefill_chunk, snapshots=cuda)
     wait = torch.cuda.synchronize if cuda else lambda: None
     clock = lambda: wait() or time.perf_counter()
     tiny = dataclasses.replace(config, vocab_size=16, d_model=16, mlp_dim=16)
-    Measured(build_random(tiny, device, dtype), 1, 2 * config.chunk_size)   # code is loaded here
+    Measured(build_random(tiny, device, dtype), 1, 2 * config.chunk_size)   # loads the code
     with measured_peak(device) as peak:
         model = build_random(config, device, dtype, run.seed)
         cache = model.init_cache(run.batch, context + run.tokens, dtype)
@@ -222,10 +224,8 @@ def fit(run, config, device, dtype, limit):
 
 
 def draw_pipeline(folders, path):
-    """Draw what the runs in out/base, out/aligned and out/compressed logged: loss and accuracy by
-    stage, accuracy by lines of thought. Returns what the last one thinks of a problem.
-    """
-    from matplotlib.figure import Figure
+    """Draw loss and accuracy by stage, and accuracy by lines of thought, from the logs of the runs
+    of train_fp8.py, align.py and prune_distill.py. Returns the last model's answer to a problem."""
     ends = [read_rows(folder / "metrics.jsonl")[-1:] for folder in folders]
     for folder, rows in zip(folders, ends):
         if not rows or "final" not in rows[0]:
@@ -267,20 +267,20 @@ def draw_pipeline(folders, path):
 
 @dataclasses.dataclass
 class Run:
-    """Speed of inference; --fit: memory against the plan; --picture: the pipeline from its logs."""
+    """Measure the speed of inference, or with --fit its memory; --picture draws the pipeline."""
 
-    preset: str = flag("toy", "a name from model.py", choices=PRESETS)
-    pattern: str = flag("", "another layer pattern than the preset's")
+    preset: str = flag("toy", "a preset of model.py", choices=PRESETS)
+    pattern: str = flag("", "layer pattern, instead of the preset's")
     context: int = flag(0, "most tokens; 0: 16384, on a GPU 131072, with --fit 8192", at_least=0)
-    fit: bool = flag(False, "compare memory with the plan")
-    picture: bool = flag(False, "draw out/pipeline.png from the runs in out")
-    batch: int = flag(1, "with --fit, sequences", at_least=1)
-    tokens: int = flag(32, "with --fit, tokens that are decoded", at_least=1)
-    prefill_chunk: int = flag(0, "with --fit, as in infer.py", at_least=0)
-    memory_gib: float = flag(0.0, "refuse what needs more; 0: what is free", at_least=0)
+    fit: bool = flag(False, "compare measured memory with the plan instead")
+    picture: bool = flag(False, "draw out/pipeline.png from the logs in out instead")
+    batch: int = flag(1, "with --fit: number of sequences", at_least=1)
+    tokens: int = flag(32, "with --fit: tokens to decode", at_least=1)
+    prefill_chunk: int = flag(0, "with --fit: as in infer.py", at_least=0)
+    memory_gib: float = flag(0.0, "memory limit; 0: all free memory", at_least=0)
     device: str = flag("auto", "auto, cuda, mps or cpu")
     dtype: str = flag("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
-    seed: int = flag(0, "of the weights", at_least=0, at_most=2 ** 60)
+    seed: int = flag(0, "seed of the random weights", at_least=0, at_most=2 ** 60)
 
     def __post_init__(self):
         check_flags(self)

@@ -1,17 +1,18 @@
 """Speed of model.py against transformers' NemotronH: same weights, same batch, fp32.
 
-Each side runs in fresh processes, in turn, and medians are compared as ratios: `transformers` as it
-comes, and `transformers, tuned` with the CPU settings of this project (`common.tune_cpu`).
+The sides run in turn, each in fresh processes, and the ratios of their medians are printed:
+`transformers` with its own settings, and `transformers, tuned` with the CPU settings of this
+project (`common.tune_cpu`).
 
---learn compares what three shapes of equal parameters learn from equal tokens: a hybrid, a
-transformer with rotary positions, a pure Mamba; one learning rate for all, several seeds. One test
-is the loss on text. The other is multi-query associative recall (MQAR, Zoology, arXiv 2312.04927):
-a row of pairs, key and value, then the same keys in another order, each to be followed by its
-value. Training has 8 pairs of 32 keys, tests have up to all 32.
+--learn compares what three shapes with equal numbers of parameters learn from equal numbers of
+tokens: a hybrid, a transformer with rotary positions and a pure Mamba, all at one learning rate,
+over several seeds. The first test is the loss on text. The second is multi-query associative recall
+(MQAR, Zoology, arXiv 2312.04927). A row lists pairs of a key and a value; then the keys are
+repeated in another order, and each must be followed by its value. Training has 8 pairs out of 32
+keys, tests have 4 to 32.
 
     python -m bench.model               ratios for training, prefill and decode; 3 min
     python -m bench.model --learn       loss and recall by shape and seed; 25 min
-    python -m bench.model --picture     out/model-PRESET.png: layers, parameters and FLOPs by type
 """
 
 import dataclasses
@@ -24,15 +25,14 @@ import tempfile
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import train_fp8
 from bench.infer import equal_transformer
-from bench.ssm import median_seconds
+from bench.ssm import mean_and_spread, median_seconds
 from common import check_flags, flag, script, tune_cpu, write_json
 from data import load_data
 from infer import decode_one, load_run_model, prefill
-from model import LAYER_NAMES, PRESETS, HybridConfig, HybridLM, save_hf
+from model import HybridConfig, HybridLM, save_hf
 
 CONFIG = HybridConfig(pattern="M-M-M*-M-M*-", vocab_size=4096, d_model=256, mlp_dim=1024, n_heads=4,
                       n_kv_heads=2, head_dim=64, mamba_heads=8, mamba_head_dim=64, n_groups=2,
@@ -41,12 +41,12 @@ HYBRID = dict(pattern="M-M*-M-", d_model=128, mlp_dim=512, n_heads=4, n_kv_heads
               mamba_heads=8, mamba_head_dim=32, n_groups=2, d_state=32)
 SMALL = dict(pattern="M-*-M-", d_model=64, mlp_dim=128, n_heads=4, n_kv_heads=4, head_dim=16,
              mamba_heads=4, mamba_head_dim=32, n_groups=1, d_state=16)
-KEYS, TRAINED, ASKED = 32, 8, (4, 8, 16, 32)    # of recall: keys; pairs in training, in tests
+KEYS, TRAINED, ASKED = 32, 8, (4, 8, 16, 32)    # recall: keys; pairs in training, in tests
 SIDES = "this project", "transformers", "transformers, tuned"
 
 
 def measure_ours(folder, tokens):
-    """(loss(), prefill(rows) -> cache, decode(cache, last)) of this project."""
+    """(model, loss(), prefill(rows) -> cache, decode(cache, last)) of this project."""
     model = load_run_model(folder)
 
     def run_prompt(rows):
@@ -58,8 +58,8 @@ def measure_ours(folder, tokens):
 
 
 def measure_theirs(folder, tokens):
-    """The same of transformers."""
-    import transformers         # a run of this project does not need it
+    """The same for transformers."""
+    import transformers         # the side of this project does not need it
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -69,7 +69,7 @@ def measure_theirs(folder, tokens):
 
 
 def measure(side, folder, batch, length):
-    """One side in this process: tokens/s of a training pass, of prefill, of decode; as JSON."""
+    """Measure one side in this process and print tokens/s as JSON."""
     if side != "transformers":
         tune_cpu()
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def measure(side, folder, batch, length):
 
 
 def compare(batch=8, length=512, rounds=2):
-    """Each side in processes of its own, in turn: the table of medians, and ratios."""
+    """Run the sides in turn, each in its own processes. Prints and returns medians and ratios."""
     runs = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -120,8 +120,7 @@ def compare(batch=8, length=512, rounds=2):
 
 
 def shapes(vocab_size, base=HYBRID):
-    """{name: configuration} of a hybrid, a transformer and a pure Mamba of equal width and
-    parameters."""
+    """{name: configuration} of a hybrid, a transformer and a pure Mamba of equal width and size."""
     hybrid = HybridConfig(vocab_size=vocab_size, **base)
     mamba = dataclasses.replace(hybrid, pattern=hybrid.pattern.replace("*", "M"), mlp_dim=1)
     per_unit = 2 * hybrid.d_model * mamba.pattern.count("-")        # parameters per unit of mlp_dim
@@ -131,13 +130,13 @@ def shapes(vocab_size, base=HYBRID):
 
 
 class RecallBatches:
-    """Rows of pairs and questions, from a seed; `position`, the rows taken, is the whole state."""
+    """Rows of pairs and questions, from a seed; `position`, the rows drawn so far, is all state."""
 
     def __init__(self, pairs, rows, seed):
         self.pairs, self.rows, self.seed, self.position = pairs, rows, seed, 0
 
     def next(self):
-        """tokens and labels int64 (rows, 4 pairs): only the values that are asked for have one."""
+        """tokens, labels int64 (rows, 4 pairs): only the values that are asked for have a label."""
         rng = np.random.default_rng((self.seed, self.position))
         self.position += self.rows
         keys = rng.random((self.rows, KEYS)).argsort(1)[:, :self.pairs]
@@ -151,7 +150,7 @@ class RecallBatches:
 
 
 def learn_recall(config, seed, steps):
-    """{pairs: share of the values that are recalled} of a model trained on TRAINED pairs."""
+    """Train a model on TRAINED pairs. Returns {pairs: share of the values that it recalls}."""
     torch.manual_seed(seed)
     model, found = HybridLM(config), {}
     training = train_fp8.Run(recipe="none", steps=steps, batch_size=64, seq_len=4 * TRAINED,
@@ -166,7 +165,7 @@ def learn_recall(config, seed, steps):
 
 
 def learn_text(run, config, seed, text):
-    """Validation loss in nats per token."""
+    """Train a model on text. Returns its validation loss in nats per token."""
     torch.manual_seed(seed)
     model = HybridLM(config)
     training = train_fp8.Run(recipe="none", steps=run.steps, seed=seed, eval_every=run.steps)
@@ -175,12 +174,10 @@ def learn_text(run, config, seed, text):
 
 
 def compare_learning(run):
-    """Loss on the standard library's text, and recall, of each shape and seed."""
+    """Train each shape with each seed: loss on the standard library's text, and recall."""
     tune_cpu()
     text, table = load_data(), {}
     small = shapes(2 * KEYS, SMALL)
-    summary = lambda each: dict(mean=statistics.mean(each), each=each,
-                                deviation=statistics.stdev(each) if each[1:] else None)
     for name, config in shapes(text.vocab_size).items():
         losses, recalls = [], []
         for seed in range(run.seeds):
@@ -189,52 +186,28 @@ def compare_learning(run):
             print(f"{name:14s} seed {seed}   {losses[-1]:.4f} nats per token   recalled "
                   + ", ".join(f"{n} pairs {v:.1%}" for n, v in recalls[-1].items()), flush=True)
         table[name] = {"n_params": config.n_params(), "pattern": config.pattern,
-                       "corpus loss": summary(losses), "recall n_params": small[name].n_params(),
+                       "corpus loss": mean_and_spread(losses),
+                       "recall n_params": small[name].n_params(),
                        "recall pattern": small[name].pattern}
-        table[name] |= {f"recall, {n} pairs": summary([r[n] for r in recalls]) for n in ASKED}
+        table[name] |= {f"recall, {n} pairs": mean_and_spread([r[n] for r in recalls])
+                        for n in ASKED}
     pathlib.Path(run.out).mkdir(parents=True, exist_ok=True)
     write_json(pathlib.Path(run.out) / "model_shapes.json", table)
     return dict(tokens=2048 * run.steps, table=table)
 
 
-def plot_architecture(config, path, context=8192):
-    """The pattern as a strip of coloured layers; parameters and training FLOPs by type below."""
-    colours = {"M": "#4c72b0", "*": "#c44e52", "-": "#b8b8b8", "head": "#55a868",
-               "embedding": "#8172b2"}
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    strip, bars = figure.subplots(2, 1, height_ratios=[1, 2.2])
-    strip.bar(range(len(config.pattern)), 1, 0.9, color=[colours[c] for c in config.pattern])
-    strip.set(xlim=(-1, len(config.pattern)), yticks=[], xlabel="layer",
-              title=f"{len(config.pattern)} layers, {config.n_params() / 1e6:,.0f} M parameters")
-    for y, values in enumerate((config.params_by_part(), config.flops_by_part(context))):
-        left = 0
-        for part in [part for part in colours if part in values]:
-            share = values[part] / sum(values.values())
-            bars.barh(y, share, left=left, color=colours[part],
-                      label=LAYER_NAMES.get(part, part) if y == 0 else None)
-            if share > 0.015:
-                bars.text(left + share / 2, y, f"{share:.0%}", ha="center", va="center", fontsize=9)
-            left += share
-    bars.set(yticks=[0, 1], xlim=(0, 1), xlabel="share of the whole",
-             yticklabels=["parameters", f"FLOPs per token\nat {context}"])
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=120)
-
-
 @dataclasses.dataclass
 class Run:
-    """Training, prefill and decode against transformers (which must be installed)."""
-    batch: int = flag(8, "sequences", at_least=1)
+    """Compare training, prefill and decode with transformers, which must be installed."""
+    batch: int = flag(8, "sequences per batch", at_least=1)
     length: int = flag(512, "tokens per sequence", at_least=1)
     rounds: int = flag(2, "processes per side", at_least=1)
     learn: bool = flag(False, "compare what three shapes learn instead")
-    seeds: int = flag(3, "with --learn, runs per shape", at_least=1)
-    steps: int = flag(300, "with --learn, steps on text, 8 x 256 tokens each", at_least=1)
-    recall_steps: int = flag(1500, "with --learn, steps on recall, 64 rows each", at_least=1)
-    picture: bool = flag(False, "draw --preset instead")
-    preset: str = flag("nemotron-nano-9b-v2", "what --picture draws", choices=PRESETS)
-    out: str = flag("out", "folder of the picture, and of model_shapes.json")
-    side: str = flag("", "side, folder, batch and length: a process of the comparison", nargs=4)
+    seeds: int = flag(3, "with --learn: seeds per shape", at_least=1)
+    steps: int = flag(300, "with --learn: steps on text, 8 x 256 tokens each", at_least=1)
+    recall_steps: int = flag(1500, "with --learn: steps on recall, 64 rows each", at_least=1)
+    out: str = flag("out", "with --learn: folder of model_shapes.json")
+    side: str = flag("", "internal: side, folder, batch and length of one process", nargs=4)
 
     def __post_init__(self):
         check_flags(self)
@@ -247,11 +220,6 @@ def main(run):
         return measure(side, folder, int(batch), int(length))
     if run.learn:
         return compare_learning(run)
-    if run.picture:
-        path = pathlib.Path(run.out) / f"model-{run.preset}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plot_architecture(HybridConfig.preset(run.preset), path)
-        return dict(picture=str(path))
     return compare(run.batch, run.length, run.rounds)
 
 

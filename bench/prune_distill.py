@@ -1,13 +1,14 @@
 """Ablations of pruning and distillation: validation loss over seeds, and the speed of decoding.
 
-There is one teacher. A seed changes the windows that importance is measured on, the order of the
-training text, and all random choices.
+All seeds share one teacher. A seed changes the windows that importance is measured on, the order of
+the training text, and all random choices. Rows of the table:
 
-    pruned    to three quarters of each width; the parts of highest importance are kept, random
-              parts, or the parts of lowest importance
-    by        to equal size by depth alone or width alone; then distilled for a ninth of the steps
-    trained   the first of these after KD from the teacher or cross-entropy on the text, and a model
-              of the same shape from nothing, on equal tokens
+    pruned    after pruning to three quarters of each width. Kept are the parts of highest
+              importance, random parts, or the parts of lowest importance (worst first)
+    by        after pruning to equal size by depth alone or width alone, and after distilling these
+              for a ninth of the steps
+    trained   the model pruned by importance, after KD from the teacher or cross-entropy on the
+              text, and a model of the same shape trained from scratch, on equal tokens
 
     python -m bench.prune_distill               out/base and out/compressed, 15 min on 2 cores
 """
@@ -15,32 +16,32 @@ training text, and all random choices.
 import collections
 import dataclasses
 import pathlib
-import statistics
 
 import torch
 from tqdm import tqdm
 
 import prune_distill
 import train_fp8
-from bench.ssm import median_seconds
+from bench.infer import Measured
+from bench.ssm import mean_and_spread
 from common import check_flags, flag, pick_device, pick_dtype, script, tune_cpu
-from infer import decode_one, load_run, prefill
+from infer import load_run
 from model import HybridLM
 from prune_distill import (TRIAL_SHARE, calibration, choose_layers, describe, importance, keep_best,
                            load_text, make_kd_loss, prune, train_briefly, validation_loss,
                            with_counts)
 
-CONTEXT = 512               # tokens before the ones whose decoding is timed
+CONTEXT = 512               # tokens in the cache where decoding is timed
 
 
 @dataclasses.dataclass
 class Run:
-    """Ablations of pruning and distillation over seeds, and the speed of decoding."""
+    """Compare ways to prune and to distil over seeds, and measure the speed of decoding."""
 
-    teacher: str = flag("out/base", "run folder, or Hugging Face folder")
-    student: str = flag("out/compressed", "compressed model, whose speed is measured if it exists")
-    data: str = flag("stdlib", "text to measure on and to train with")
-    seeds: int = flag(3, "runs of each kind", at_least=2)
+    teacher: str = flag("out/base", "run folder or Hugging Face folder")
+    student: str = flag("out/compressed", "compressed model; its speed is measured if it exists")
+    data: str = flag("stdlib", "text for measuring and training")
+    seeds: int = flag(3, "number of seeds", at_least=2)
     steps: int = flag(80, "optimizer steps of each training", at_least=1)
     batch_size: int = flag(8, "sequences per step", at_least=1)
     seq_len: int = flag(256, "tokens per sequence", at_least=1)
@@ -59,9 +60,9 @@ class Run:
 
 
 def smaller_configs(config):
-    """(three quarters of each width, {layer type: one layer less but for attention}, width alone of
-    the same size as these layers).
-    """
+    """(a configuration of three quarters of each width; counts {layer type: layers} with one layer
+    less of each type but attention; a configuration of all layers, narrowed to the size of these
+    counts)."""
     three_quarters = lambda n, step: max(n * 3 // 4 // step * step, step)
     narrow = dataclasses.replace(config, d_model=three_quarters(config.d_model, 16),
                                  mlp_dim=three_quarters(config.mlp_dim, 16),
@@ -76,7 +77,7 @@ def smaller_configs(config):
 
 
 def ablate(run, teacher, token_data, seed, note):
-    """One seed: note(name, loss) for each row of the table."""
+    """Run one seed. Calls note(name, loss) for each row of the table."""
     config, compression = teacher.config, run.compression(seed)
     narrow, counts, slim = smaller_configs(config)
     everything = list(range(len(config.pattern)))
@@ -110,15 +111,6 @@ def ablate(run, teacher, token_data, seed, note):
         note(f"trained: {name}", train_briefly(training, model, token_data, loss_fn))
 
 
-@torch.inference_mode()
-def decode_speed(model):
-    """Tokens per second at batch 1."""
-    cache, device = model.init_cache(1, CONTEXT + 64), model.lm_head.weight.device
-    prefill(model, cache, torch.randint(model.config.vocab_size, (1, CONTEXT), device=device))
-    token = torch.zeros(1, dtype=torch.int64, device=device)
-    return 1 / median_seconds(lambda: decode_one(model, cache, token), device, repeats=40)
-
-
 @script(Run)
 def main(run):
     device = pick_device(run.device)
@@ -128,7 +120,7 @@ def main(run):
     for name in ("teacher", "student"):
         if name == "teacher" or pathlib.Path(run.student).exists():
             model, _ = load_run(getattr(run, name), device, dtype)
-            speed[name] = decode_speed(model)
+            speed[name] = 1 / Measured(model, 1, CONTEXT, repeats=40).decode
             print(f"{name:13s}{speed[name]:.0f} tokens/s, {model.config.n_params() / 1e6:.2f} M "
                   "parameters")
 
@@ -143,8 +135,7 @@ def main(run):
     for seed in tqdm(range(run.seeds), "seeds", disable=None):
         ablate(run, teacher, token_data, seed, lambda name, loss: rows[name].append(loss))
 
-    table = {name: dict(mean=statistics.mean(each), deviation=statistics.stdev(each), each=each)
-             for name, each in rows.items()}
+    table = {name: mean_and_spread(each) for name, each in rows.items()}
     print(f"{'':36s}{'loss':>9s}{'+-':>8s}   each seed")
     for name, row in table.items():
         print(f"{name:36s}{row['mean']:9.4f}{row['deviation']:8.4f}   "

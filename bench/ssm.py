@@ -1,10 +1,10 @@
 """Speed of the Mamba-2 scan: against sequence length, against autograd, against memory bandwidth.
 
-Three tables. Forward time of each form and of causal attention against length, with the exponent of
-a fitted power law. Time of `ssd_chunked`, whose backward is derived by hand, against `ssd_minimal`,
-which leaves the backward to autograd. And what the Triton kernels move and multiply per token,
-counted, with the shortest time that data sheets allow (the roofline); on a CUDA GPU also the
-measured times, beside those of mamba_ssm and fla where they are installed.
+It prints three tables. The first has the forward time of each form and of causal attention against
+sequence length, with the exponent of a fitted power law. The second compares `ssd_chunked`, whose
+backward is derived by hand, with `ssd_minimal`, whose backward is autograd's. The third counts the
+bytes and FLOPs of the Triton kernels per token, with the shortest time that data sheets allow (the
+roofline). On a CUDA GPU it also has measured times, and those of mamba_ssm and fla if installed.
 
     python -m bench.ssm               45 s on 2 cores
     python -m bench.ssm --quick       the same with fewer lengths, 10 s
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import time
 
 import torch
@@ -39,8 +40,21 @@ def median_seconds(f, device="cpu", repeats=5):
     return sorted(times[1:])[repeats // 2]
 
 
+def mean_and_spread(values):
+    """dict(mean, deviation: the standard deviation over seeds (None for one seed), each)."""
+    return dict(mean=statistics.mean(values), each=values,
+                deviation=statistics.stdev(values) if values[1:] else None)
+
+
+def find_gpu():
+    """(name of the first CUDA GPU, its name in infer.GPUS or None)."""
+    name = torch.cuda.get_device_name()
+    words = re.split(r"[^a-z0-9]+", name.lower().replace("rtx ", "rtx"))
+    return name, next((gpu for gpu in GPUS if gpu in words), None)
+
+
 def fitted_exponent(times):
-    """e of time ~ t^e, least squares in log-log over the longer half of the lengths."""
+    """The exponent e of time ~ t^e, by least squares in log-log over the longer half of lengths."""
     t = sorted(times)[len(times) // 2 - 1:]
     x, y = (torch.tensor([math.log(i) for i in values]) for values in (t, [times[i] for i in t]))
     x = x - x.mean()
@@ -49,7 +63,7 @@ def fitted_exponent(times):
 
 @torch.no_grad()
 def print_times(lengths, device, h=8, p=64, g=2, n=64):
-    """Time of a forward against length; returns {form: largest tokens per second}."""
+    """Print the forward time against length. Returns {form: highest tokens per second}."""
     forms = {"recurrent": (ssd_recurrent, 1024), "quadratic": (ssd_quadratic, 2048),
              "chunked": (ssd_chunked, math.inf), "attention": (lambda x, *_:
              F.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3, is_causal=True), math.inf)}
@@ -67,7 +81,7 @@ def print_times(lengths, device, h=8, p=64, g=2, n=64):
 
 
 def print_backward(chunks, device, shape=(4, 1024, 16, 64, 1, 128)):
-    """Autograd against the backward by hand; returns {form: forward + backward ms, best chunk}."""
+    """Print both backwards by chunk size. Returns {form: lowest ms of forward + backward}."""
     print("\nms of the scan alone at b 4, t 1024, h 16, p 64, n 128, one group: forward, forward "
           "+ backward")
     best = {}
@@ -82,14 +96,13 @@ def print_backward(chunks, device, shape=(4, 1024, 16, 64, 1, 128)):
             row += f"   {name} {ms[0]:6.1f} {ms[1]:6.1f}"
             best[name] = min(ms[1], best.get(name, ms[1]))
         print(row, flush=True)
-    print(f"best chunk of each: by hand {best['ssd_minimal'] / best['ssd_chunked']:.2f} times as "
-          f"fast as by autograd")
+    print(f"each at its best chunk size: the backward by hand makes the scan "
+          f"{best['ssd_minimal'] / best['ssd_chunked']:.2f} times as fast")
     return best
 
 
 # ------------------------------------------------------------------------------------------------
-# What the kernels move and multiply, and how long that takes
-
+# Bytes and FLOPs of the kernels, and their time
 
 SHAPES = {"9B": (128, 80, 8, 128), "8B": (128, 64, 8, 128)}     # h, p, g, n
 
@@ -97,9 +110,10 @@ SHAPES = {"9B": (128, 80, 8, 128), "8B": (128, 64, 8, 128)}     # h, p, g, n
 def scan_costs(h, p, g, n, tile=64):
     """{operation: (compulsory bytes, {kernel: bytes}, FLOPs)} per token, bf16 inputs, fp32 states.
 
-    Compulsory: every input and output once. By kernel: every tensor once per kernel, as if a
-    kernel's second reads came from L2. FLOPs: whole tiles, scores per head, as multiplied; a chunk
-    is two tiles, which have three tiles of scores."""
+    Compulsory bytes move each input and output once. In the bytes by kernel, each kernel moves each
+    of its tensors once, as if later reads hit L2. FLOPs count whole tiles as multiplied: scores per
+    head in the forward, per group in the backward. A chunk is two tiles, with three tiles of
+    scores."""
     x, BC, dt, line = 2 * h * p, 2 * g * n, 2 * h, 4 * h        # bf16, bf16, bf16, fp32 (b, h, t)
     S, dG = h * p * n / tile, 2 * g * tile * 1.5
     forward = {"torch": dt + 7 * line, "scan": 2 * x + 2 * BC + 2 * line}
@@ -116,7 +130,7 @@ def scan_costs(h, p, g, n, tile=64):
 
 
 def other_scans():
-    """{name: scan(x, dt, A, B, C, D) -> y} of the packages that can be imported."""
+    """{name: scan(x, dt, A, B, C, D) -> y} of the packages that are installed."""
     scans = {}
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -128,7 +142,7 @@ def other_scans():
         from fla.ops.simple_gla import chunk_simple_gla
 
         def gated_linear_attention(x, dt, A, B, C, D):
-            """Heads of their own B and C; dt x as values, dt A as gates; D x outside."""
+            """B and C repeated for each head, dt x as values, dt A as gates; D x is added after."""
             k, q = (m.repeat_interleave(x.shape[2] // m.shape[2], 2) for m in (B, C))
             y, _ = chunk_simple_gla(q, k, (x * dt[..., None]).to(x.dtype), dt * A, scale=1.0)
             return y + (x * D[:, None]).to(x.dtype)
@@ -139,7 +153,7 @@ def other_scans():
 
 
 def time_scans(shape, t, device):
-    """{scan: (forward, backward) seconds} of one bf16 sequence, without scans that disagree."""
+    """{scan: (forward, backward) seconds} of one bf16 sequence. Wrong results are not timed."""
     inputs = random_inputs(1, t, *shape, torch.bfloat16, device)
     scans = {"chunked": lambda *leaves: ssd_chunked(*leaves)[0]} | other_scans()
     if on_cuda(inputs[0]) and unsupported(inputs[0], inputs[3]) is None:
@@ -151,7 +165,7 @@ def time_scans(shape, t, device):
         try:
             with torch.no_grad():
                 if (error := relative_error(scan(*inputs), truth)) > 2e-2:
-                    print(f"{name} is off by {error:.1e}: not timed")
+                    print(f"{name} differs from chunked by {error:.1e}: not timed")
                     continue
                 forward = median_seconds(lambda: scan(*inputs), device)
             y = scan(*inputs)
@@ -159,13 +173,13 @@ def time_scans(shape, t, device):
                 lambda: torch.autograd.grad(y, inputs, truth, retain_graph=True), device)
             times[name] = forward, backward
         except torch.cuda.OutOfMemoryError:
-            print(f"{name} needs more memory than there is at t = {t}: not timed")
+            print(f"{name} runs out of memory at t = {t}: not timed")
     return times
 
 
 @torch.no_grad()
 def time_steps(shape, device):
-    """{decode step: seconds} of one token's work between the projections, one row, bf16."""
+    """{form: seconds} of a layer's decode step between its projections: one row, bf16."""
     h, p, g, n = shape
     layer = Mamba2(64, h, p, n, g).to(device)
     layer.conv1d.bfloat16()
@@ -194,16 +208,14 @@ def time_steps(shape, device):
 
 
 def print_kernels(lengths, device):
-    """Counts, rooflines and times of the kernels; returns them as a dict for the JSON line."""
+    """Print and return the counts, rooflines and times of the kernels."""
     cuda = str(device).startswith("cuda")
-    name = torch.cuda.get_device_name(device) if cuda else "no CUDA device"
-    known = [gpu for gpu in GPUS
-             if gpu in re.split(r"[^a-z0-9]+", name.lower().replace("rtx ", "rtx"))]
-    gpus, result = known or ["a10g", "h100", "h200"], dict(device=name)
-    print(f"\nTriton kernels on {name}; " + ("medians of 5" if cuda else "times: not measured")
-          + "\nbytes and FLOPs per token of one layer's scan, bf16; us the longer of compulsory "
-          "bytes at the\ndata sheet's bandwidth and FLOPs at its peak, in brackets its share of "
-          "the time\n")
+    name, known = find_gpu() if cuda else ("no CUDA device", None)
+    gpus, result = [known] if known else ["a10g", "h100", "h200"], dict(device=name)
+    print(f"\nTriton kernels, {name}: " + ("medians of 5" if cuda else "times are not measured")
+          + "\nbytes and FLOPs per token of one layer's scan in bf16; roofline: the longer of "
+          "compulsory bytes at\nthe data sheet's bandwidth and FLOPs at its peak; in brackets: "
+          "roofline over measured time\n")
     for shape, sizes in SHAPES.items():
         scans = {t: time_scans(sizes, t, device) for t in lengths} if cuda else {}
         measured = {operation: {t: {k: s[i] for k, s in scans[t].items()} for t in scans}
@@ -222,7 +234,7 @@ def print_kernels(lengths, device):
                     f"{gpu} {1e6 * t * s:9.1f} us" for gpu, s in best.items())
                 for scan, s in seconds.get(t, {}).items():
                     row += f"   {scan} {1e6 * s:9.1f} us"
-                    row += f" ({t * best[known[0]] / s:.0%})" if known else ""
+                    row += f" ({t * best[known] / s:.0%})" if known else ""
                 print(row, flush=True)
             result[shape][operation] = dict(compulsory=floor, bytes=moved, flops=flops,
                                             roofline_s=best, seconds=seconds)
@@ -232,7 +244,8 @@ def print_kernels(lengths, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Speed of the Mamba-2 scan.")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    parser.add_argument("--device", choices=devices, default=devices[-1])
+    parser.add_argument("--device", choices=devices, default=devices[-1],
+                        help="device that runs the scan (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer lengths and one chunk size")
     args = parser.parse_args(argv)
     torch.manual_seed(0)

@@ -1,17 +1,17 @@
 """How far the max stable learning rates of stability.py can be trusted, and what grows beyond them.
 
-    seeds   each search runs once per seed; tables give the geometric mean and, after x/, the
-            factor that one standard deviation over seeds is
-    rules   where a run begins to diverge depends on the definition, so there are three:
+    seeds   Each search runs once per seed. Tables give the geometric mean and, after x/, one
+            standard deviation over seeds as a factor.
+    rules   Which trials converge depends on the definition, so there are three:
             as defined   the max stable learning rate of stability.py
-            at the end   in addition, the last validation loss must be within 1.05 of the best
+            at the end   in addition, the last validation loss must be at most 1.05 times the best
             half kept    the learning rate at which half of what can be learned is lost
-    order   the paper's order of the methods, pair by pair, where our spread allows a verdict
-    norms   of the first method that diverges, over those of trials that converge: at the same
-            learning rate, at its own max stable one, and at the lowest
+    order   The paper's order of the methods is checked pair by pair, where the spread allows it.
+    norms   The norms of the first method that diverges are divided by those of converging trials:
+            at the same learning rate, at its own max stable one, and at the lowest.
 
-One process per core (or GPU); a trial is one line of trials.jsonl, and the same command goes on
-where it stopped. Ratios can be compared with the paper's, learning rates cannot.
+Each core (or GPU) runs one process. A trial is one line of trials.jsonl, and the same command
+resumes a stopped sweep. Ratios can be compared with the paper's, learning rates cannot.
 
     python -m bench.stability                                   ten methods, three seeds; 35 min
     python -m bench.stability --preset toy-hybrid --out out/bench-stability-hybrid       50 min
@@ -42,14 +42,14 @@ from stability import (METHODS, RATIO, get_bracket, get_outcomes, next_lr, open_
 
 @dataclasses.dataclass
 class Run(stability.Run):
-    """Search max stable learning rates over several seeds. Goes on in --out where it stopped."""
+    """Search max stable learning rates over several seeds. The same command resumes in --out."""
 
-    methods: str = flag(tuple(METHODS), "of " + ", ".join(METHODS), nargs="+", session=True)
+    methods: str = flag(tuple(METHODS), "methods to search", nargs="+", session=True)
     resolution: float = flag(1.2, "factor to which max stable learning rates are found",
                              at_least=1, session=True)
-    seed: int = flag(0, "the first one", at_least=0, at_most=2 ** 60, session=True)
-    seeds: int = flag(3, "how many", at_least=1, session=True)
-    workers: int = flag(0, "processes; 0 is one per core, or per GPU", at_least=0, session=True)
+    seed: int = flag(0, "the first seed", at_least=0, at_most=2 ** 60, session=True)
+    seeds: int = flag(3, "number of seeds", at_least=1, session=True)
+    workers: int = flag(0, "processes; 0: one per core, or per GPU", at_least=0, session=True)
     out: str = flag("out/bench-stability", "folder of the trials and plots", session=True)
 
     @property
@@ -60,11 +60,11 @@ class Run(stability.Run):
 # ------------------------------------------------------------------------------------------------
 # Trials, one process each
 
-WORKER = {}     # of a process of the pool: what `start_worker` was given
+WORKER = {}     # in a process of the pool: the arguments of `run_trial` for all trials
 
 
 def start_worker(run, config, tokenizer_json, devices):
-    """Set up a process of the pool: one core or one GPU, the text, no bars, deaf to Ctrl-C."""
+    """Set up a process of the pool: one core or GPU, the text, no progress bars, Ctrl-C ignored."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TQDM_DISABLE"] = "1"
     device = devices.get()
@@ -81,7 +81,7 @@ def run_in_worker(method, lr, seed):
 
 
 def next_trials(run, trials, busy):
-    """(method, lr, seed) of every search that may go on: it has no trial at work, and one to do."""
+    """Yield (method, lr, seed) of each search that is not finished and has no trial running."""
     for seed, method in itertools.product(run.all_seeds, run.methods):
         lr = next_lr(run.lr, get_outcomes(of_seed(trials, seed), method), run.resolution)
         if lr and (method, seed) not in busy:
@@ -93,7 +93,7 @@ def of_seed(trials, seed):
 
 
 def run_trials(run, config, text, device, trials, add):
-    """Do what is to be done in a pool of processes."""
+    """Run the remaining trials in a pool of processes."""
     count = torch.cuda.device_count() if device == "cuda" else os.cpu_count()
     workers, context, waiting = run.workers or count, multiprocessing.get_context("spawn"), {}
     devices = context.Queue()
@@ -118,11 +118,11 @@ def run_trials(run, config, text, device, trials, add):
                     bar.update()
                     tqdm.write(f"seed {trial['seed']}  {stability.describe(trial)}")
     except concurrent.futures.process.BrokenProcessPool:
-        raise OSError(f"a process died, out of memory perhaps: {len(trials)} trials are kept, the "
-                      "same command goes on; try fewer --workers") from None
+        raise OSError(f"a process died, perhaps out of memory: {len(trials)} trials are kept, and "
+                      "the same command resumes; try fewer --workers") from None
     finally:
         for child in multiprocessing.active_children() if waiting else ():
-            child.terminate()           # its trial, if an error or Ctrl-C ended the loop
+            child.terminate()           # runs on if an error or Ctrl-C ended the loop
         pool.shutdown(cancel_futures=True)
 
 
@@ -135,16 +135,16 @@ def find_max_lr(trials, method, unigram):
 
 
 def find_max_lr_at_end(trials, method, unigram):
-    """A trial has also diverged if its last loss is above RATIO x its best."""
+    """A trial has also diverged if its last loss is above RATIO times its best."""
     recovered = lambda t: t["evals"][-1][1] <= RATIO * min(loss for _, loss in t["evals"])
     return get_bracket({t["lr"]: bool(t["diverged"]) or not recovered(t)
                         for t in trials if t["method"] == method})[0]
 
 
 def find_half_lr(trials, method, unigram):
-    """Where the last loss crosses the middle between the unigram entropy and the best last loss of
-    any trial of the seed, in a straight line over log(lr). A diverged trial has kept nothing.
-    """
+    """The learning rate at which the last loss crosses the middle between the unigram entropy and
+    the best last loss of any trial of the seed, interpolated linearly over log(lr). The last loss
+    of a diverged trial counts as the unigram entropy."""
     last = lambda t: unigram if t["diverged"] else t["loss"]
     middle = (unigram + min(map(last, trials), default=unigram)) / 2
     mine = sorted((t["lr"], last(t)) for t in trials if t["method"] == method)
@@ -159,8 +159,7 @@ RULES = {"as defined": find_max_lr, "at the end": find_max_lr_at_end, "half kept
 
 def summarise(run, trials, unigram):
     """{method: dict(lrs {rule: [by seed]}, ratios {rule: [to qk_norm, of seeds that have both]},
-    open: whether some seed never diverged, losses [by seed, at the lowest learning rate])}.
-    """
+    open: whether some seed never diverged, losses [by seed, at the lowest learning rate])}."""
     table, by_seed = {}, [of_seed(trials, seed) for seed in run.all_seeds]
     loss = {(t["seed"], t["method"], t["lr"]): t["loss"] for t in trials}
     for method in run.methods:
@@ -176,7 +175,7 @@ def summarise(run, trials, unigram):
 
 
 def log_mean(values):
-    """Geometric mean and the factor that one standard deviation is; None if a value is missing."""
+    """(geometric mean, one standard deviation as a factor), (None, None) if a value is missing."""
     if not values or None in values:
         return None, None
     logs = [math.log(v) for v in values]
@@ -189,9 +188,8 @@ def format_mean(values):
 
 
 def print_table(run, table):
-    """A Markdown table. A star marks lower bounds: some seed never diverged. The loss is the
-    baseline's, then the paired difference to it, mean and standard deviation over seeds.
-    """
+    """Print a Markdown table. A star marks a lower bound: some seed never diverged. The loss is the
+    baseline's, for other methods the paired difference to it: mean and standard deviation."""
     print("\n| method | " + " | ".join(f"{rule}: lr | / qk_norm's" for rule in RULES)
           + f" | paper: / qk_norm's | loss at {run.lr[0]:g} |\n|" + "---|" * (3 + 2 * len(RULES)))
     base = table.get("baseline", {}).get("losses", [])
@@ -210,8 +208,7 @@ def print_table(run, table):
 
 def compare_order(table, resolution):
     """Verdicts on the paper's order, one line per pair of neighbouring groups. Two max stable
-    learning rates differ if they do by more than the resolution and than the spread of both.
-    """
+    learning rates differ if their ratio is above the resolution and above the spread of each."""
     groups = collections.defaultdict(list)
     for method in sorted(table, key=lambda method: METHODS[method].paper[0]):
         if log_mean(table[method]["lrs"]["as defined"])[0]:
@@ -223,7 +220,7 @@ def compare_order(table, resolution):
             (low, x), (high, y) = (log_mean(table[m]["lrs"]["as defined"]) for m in (a, b))
             unclear = math.inf if table[a]["open"] and table[b]["open"] else max(resolution, x, y)
             verdicts.append(f"{a} < {b} " + (
-                "holds" if high > low * unclear else "not here" if low > high * unclear else
+                "holds" if high > low * unclear else "is reversed" if low > high * unclear else
                 "cannot be told"))
         lines.append("; ".join(verdicts))
     return lines
@@ -234,10 +231,10 @@ def compare_order(table, resolution):
 
 
 def pick_pairs(run, trials):
-    """[(a diverging trial, a converging one)] of one seed: of the first method that has one, the
-    lowest of --lr that diverged; beside it another method at that learning rate (qk_norm if it is
-    there), then the method itself at its max stable and at its lowest learning rate.
-    """
+    """[(diverging trial, converging trial)] of one seed. The diverging trial is that of the first
+    method that has one, at the lowest of --lr that diverged. The converging trials are another
+    method (qk_norm if possible) at that learning rate, then the same method at its max stable and
+    at its lowest learning rate."""
     at = {(t["method"], t["lr"]): t for t in trials if t["norms"]}
     for method in run.methods:
         bad = next((t for lr in run.lr if (t := at.get((method, lr))) and t["diverged"]), None)
@@ -251,9 +248,8 @@ def pick_pairs(run, trials):
 
 
 def print_norms(bad, good):
-    """The norms of a diverging trial over those of a converging one, at the last step of both, and
-    since when outputs are over twice as large.
-    """
+    """Print the norms of a diverging trial over those of a converging one, at the last common step,
+    and the first step at which outputs are over twice as large."""
     theirs = {row["step"]: row for row in good["norms"]}
     common = [(row, theirs[row["step"]]) for row in bad["norms"] if row["step"] in theirs]
     row, other = common[-1]
@@ -269,9 +265,8 @@ def print_norms(bad, good):
 
 
 def plot_heat(run, trials, table, path):
-    """Last loss by method and learning rate, mean of the seeds. Grey has diverged in some seed, a
-    bar is at the max stable learning rate.
-    """
+    """Draw the last loss by method and learning rate, mean over seeds. A grey field diverged with
+    some seed; a red bar is at the max stable learning rate."""
     values = np.full((len(run.methods), len(run.lr)), np.nan)
     figure = Figure(figsize=(1.6 + 0.95 * len(run.lr), 1.6 + 0.42 * len(run.methods)),
                     layout="constrained")
@@ -301,9 +296,9 @@ def plot_heat(run, trials, table, path):
 
 
 def report(run, trials, unigram):
-    """Tables, plots, and the last line's values."""
+    """Print the tables, draw the plots, return the result."""
     table, folder = summarise(run, trials, unigram), pathlib.Path(run.out)
-    print(f"\n{run.seeds} seeds, known to a factor of {run.resolution:g}; unigram entropy "
+    print(f"\n{run.seeds} seeds, resolution a factor of {run.resolution:g}; unigram entropy "
           f"{unigram:.3f} nats per token")
     print_table(run, table)
     for line in compare_order(table, run.resolution):

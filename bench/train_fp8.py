@@ -1,15 +1,15 @@
 """What FP8 training costs: in loss, against no FP8 over paired seeds; in time; in memory.
 
-    loss     Each seed trains one model on the same batches with every recipe; gaps in validation
-             loss to the recipe `none` are paired by seed. What chance does is shown by a run whose
-             learning rate is 1.001 times as high. Since training is chaotic and hides errors, one
-             batch also goes through the same weights with each recipe.
-    time     Each type of linear: forward and both gradients, quantisation included; then a training
-             step of each recipe, in turn. On a CPU this is the price of emulation.
-    memory   Bytes of a training step of each recipe by part, predicted and measured.
+    loss     Each seed trains the same model on the same batches with every recipe. Gaps in
+             validation loss to the recipe `none` are paired by seed. A run whose learning rate is
+             1.001 times as high shows what chance does. Since training is chaotic and hides errors,
+             each recipe also gets one batch at the same weights.
+    time     Each type of linear: forward and both gradients, quantisation included. Then a training
+             step of each recipe, in turn. On a CPU this is the cost of emulation.
+    memory   Bytes of a training step by recipe and part, predicted and measured.
 
     python -m bench.train_fp8               four runs x five seeds x 100 steps, 45 min on 2 cores;
-                                            the same command goes on where it stopped
+                                            the same command resumes it
     python -m bench.train_fp8 --time        2 min; on a GPU the 12B's linears, a step of small
     python -m bench.train_fp8 --memory      1 min
 """
@@ -28,8 +28,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from bench.ssm import median_seconds
-from common import (GIB, check_flags, flag, pick_device, pick_dtype, script, settings_of,
-                    tune_cpu)
+from common import GIB, check_flags, flag, pick_device, pick_dtype, script, settings_of, tune_cpu
 from data import load_data
 from model import PRESETS, HybridConfig, HybridLM
 from ssm import Linear
@@ -46,10 +45,10 @@ RUNS = {        # recipe, factor on the learning rate
 
 @dataclasses.dataclass
 class Run:
-    """Compare the FP8 recipes with no FP8 over seeds, or with --time or --memory what they take."""
+    """Compare the FP8 recipes with no FP8: loss over seeds, or --time, or --memory."""
 
-    time: bool = flag(False, "measure seconds instead", session=True)
-    memory: bool = flag(False, "predict and measure bytes instead", session=True)
+    time: bool = flag(False, "measure time instead", session=True)
+    memory: bool = flag(False, "predict and measure memory instead", session=True)
     preset: str = flag("toy", "one of " + ", ".join(PRESETS), choices=PRESETS)
     data: str = flag("stdlib", "as in train_fp8.py")
     tokenizer: str = flag("bpe", "as in train_fp8.py")
@@ -57,7 +56,7 @@ class Run:
     batch_size: int = flag(4, "sequences per step", at_least=1)
     seq_len: int = flag(256, "tokens per sequence", at_least=1)
     lr: float = flag(3e-3, "peak learning rate", above=0)
-    seeds: int = flag(5, "how many, from 0 on", at_least=2, session=True)
+    seeds: int = flag(5, "number of seeds, from 0", at_least=2, session=True)
     device: str = flag("auto", "auto, cuda, mps or cpu", session=True)
     compute_dtype: str = flag("float32", "auto, float32 or bfloat16",
                               choices=("auto", "float32", "bfloat16"))
@@ -77,10 +76,9 @@ class Run:
 
 
 def fixed_weights(model, recipe, batch):
-    """One batch through the same weights without FP8 and with it in all linears: (relative
-    difference of the loss, SQNR of the whole gradient in dB, the worst parameter's, its name). A
-    wrong format costs 4 dB here, and nothing visible in a short run.
-    """
+    """Pass one batch through the same weights without FP8 and with FP8 in all linears. Returns
+    (relative difference of the loss, SQNR in dB of the whole gradient, and of the worst parameter's
+    gradient, its name). A wrong format costs 4 dB here, but is not visible in a short run."""
     fp8 = convert_to_fp8(copy.deepcopy(model), recipe, "emulated", ends=0, verbose=False)
     losses = [m.loss(*batch) for m in (model, fp8)]
     truth, value = ({name: g for (name, _), g in zip(m.named_parameters(), torch.autograd.grad(
@@ -92,9 +90,8 @@ def fixed_weights(model, recipe, batch):
 
 
 def train_once(run, name, seed, config, token_data, dtype, device):
-    """One of RUNS from one seed: the losses of its steps, its validation loss, and without FP8 the
-    differences at fixed weights.
-    """
+    """Train one of RUNS with one seed. Returns dict(name, seed, losses: of its steps, val_loss);
+    the run `none` adds fixed: the results of `fixed_weights` by recipe."""
     recipe, factor = RUNS[name]
     training = run.training(recipe, seed=seed, lr=factor * run.lr)
     torch.manual_seed(seed)
@@ -129,11 +126,11 @@ def compare_loss(run, device, dtype):
 
 
 def report_gaps(run, results):
-    """The tables, the plot, the last line's values. results {(name, seed): as of `train_once`}."""
+    """Print tables, draw the plot, return the result. results {(name, seed): of `train_once`}."""
     seeds, gap = range(run.seeds), {}
     base = [results["none", seed]["val_loss"] for seed in seeds]
     loss, spread = statistics.mean(base), statistics.stdev(base) / statistics.mean(base)
-    print(f"\nnone: validation loss {loss:.4f}, standard deviation over seeds {spread:.2%} of it\n"
+    print(f"\nnone: validation loss {loss:.4f}, standard deviation over seeds {spread:.2%}\n"
           f"{'run':18s}{'gap to none [%]':>18s}{'error':>8s}   each seed")
     for name in list(RUNS)[1:]:
         each = [results[name, seed]["val_loss"] / b - 1 for seed, b in zip(seeds, base)]
@@ -141,7 +138,7 @@ def report_gaps(run, results):
         gap[name] = dict(mean=mean, standard_error=error, each=each)
         print(f"{name:18s}{100 * mean:+18.3f}{100 * error:8.3f}   " + " ".join(
             f"{100 * e:+.3f}" for e in each) + "   inside the noise" * (abs(mean) <= 2 * error))
-    print(f"\nthe same weights and batch with all linears in FP8, after {run.steps} steps without\n"
+    print(f"\none batch with all linears in FP8, at the weights after {run.steps} steps of none\n"
           f"{'recipe':18s}{'loss [%]':>10s}{'gradient SQNR [dB]':>20s}{'worst parameter':>18s}")
     for recipe in (r for r in RECIPES if r != "none"):
         loss_gaps, whole, worst, names = zip(*(results["none", s]["fixed"][recipe] for s in seeds))
@@ -153,9 +150,8 @@ def report_gaps(run, results):
 
 
 def plot_gaps(results, seeds, gap, path):
-    """Loss of each run, mean of the seeds; below, its relative difference to `none` with the
-    standard error; running means of 10 steps.
-    """
+    """Draw the loss of each run, mean over seeds, and below it the relative difference to `none`
+    with its standard error; both as running means of 10 steps."""
     losses = {name: torch.tensor([results[name, s]["losses"] for s in seeds], dtype=torch.float64)
               for name in RUNS}
     losses = {name: m.unfold(1, min(10, m.shape[1]), 1).mean(-1) for name, m in losses.items()}
@@ -192,7 +188,7 @@ def time_linear(layer, x, g):
 
 
 def measure_time(run, device, dtype):
-    """Each type of linear of the preset (on a GPU of the 12B, in place of the toy), then steps."""
+    """Time each type of linear of the preset (on a GPU the 12B replaces the toy), then steps."""
     preset = "nemotron-nano-12b-v2" if (device, run.preset) == ("cuda", "toy") else run.preset
     tokens, table = 8192 if device == "cuda" else run.batch_size * run.seq_len, {}
     with torch.device("meta"):
@@ -200,7 +196,7 @@ def measure_time(run, device, dtype):
     shapes = {name.split(".")[-1]: m.weight.shape for name, m in model.named_modules()
               if isinstance(m, nn.Linear) and m is not model.lm_head}
     print(f"{preset}, {tokens} tokens in {str(dtype)[6:]}, {device}: milliseconds (TFLOP/s) of "
-          "forward, input gradient, weight gradient; speed of all three against no FP8")
+          "forward, input gradient, weight gradient; speedup of all three over no FP8")
     for kind, (n, k) in shapes.items():
         x = torch.randn(tokens, k, device=device, dtype=dtype)
         g = torch.randn(tokens, n, device=device, dtype=dtype)
@@ -217,7 +213,7 @@ def measure_time(run, device, dtype):
 
 
 def time_steps(run, device, dtype, repeats=21):
-    """{recipe: median seconds} of a training step of the toy (on a GPU: of small), in turn."""
+    """{recipe: median seconds} of training steps, in turn, of the toy (on a GPU: of small)."""
     config = HybridConfig.preset("small" if device == "cuda" else "toy")
     tokens = torch.randint(config.vocab_size, (run.batch_size, run.seq_len))
     batches, steps = types.SimpleNamespace(next=lambda: (tokens, tokens, None)), {}
@@ -242,7 +238,7 @@ def time_steps(run, device, dtype, repeats=21):
 
 
 def allocated_peak(f, device):
-    """The most bytes that f() holds at one time beyond what was there, as the allocator reports."""
+    """Peak bytes that f() allocates beyond what was there before, as the allocator reports."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -257,7 +253,7 @@ def allocated_peak(f, device):
 
 
 def measure_step(run, training, config, device, dtype):
-    """{part: bytes} of a training step, as tensors and the allocator have them."""
+    """{part: bytes} of a training step, measured from tensors and by the allocator."""
     model = HybridLM(config, dtype).to(device)
     prepare_layers(training, model, "auto", verbose=False)
     optimizer = make_optimizer(model, run.lr)
@@ -272,7 +268,7 @@ def measure_step(run, training, config, device, dtype):
 
 
 def measure_memory(run, device, dtype):
-    """Each recipe, with and without recomputing: what `check_memory` predicts, what is measured."""
+    """Predict (`check_memory`) and measure each recipe, with and without recomputation."""
     config, table = HybridConfig.preset(run.preset), {}
     for recipe, recompute in itertools.product(RECIPES, (False, True)):
         name = recipe + ", recompute" * recompute

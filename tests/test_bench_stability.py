@@ -75,7 +75,7 @@ def test_the_order_is_judged_by_resolution_and_spread():
     table = dict(baseline=row([0.1, 0.1]), qk_norm=row([0.4, 0.4]), soft_cap=row([0.11, 0.11]),
                  qkv_norm=row([0.2, 0.2]), qk_norm_cap=row([None, 0.2]))
     words = ["baseline < qk_norm holds; baseline < soft_cap cannot be told",
-             "qk_norm < qkv_norm not here; soft_cap < qkv_norm holds"]
+             "qk_norm < qkv_norm is reversed; soft_cap < qkv_norm holds"]
     assert bench.compare_order(table, 1.2) == words
     table["baseline"]["open"] = table["qk_norm"]["open"] = True
     assert bench.compare_order(table, 1.2)[0] == words[0].replace("holds", "cannot be told")
