@@ -691,6 +691,8 @@ class Run(Settings):
         for name, mode in (("preset", "plan"), ("pattern", "plan"), ("system", "chat")):
             if getattr(self, name) and not getattr(self, mode):
                 raise ValueError(f"{flag_name(name)} is for --{mode}")
+        if self.checkpoint and (self.preset or self.pattern):
+            raise ValueError("--checkpoint has a shape: it goes with neither --preset nor --pattern")
         if self.chat and (self.plan or self.samples > 1):
             raise ValueError("--chat goes with neither --plan nor --samples")
         if not all(self.prompt):

@@ -891,8 +891,9 @@ def test_script_streams_and_ends_with_one_json_line(run_folder, capsys):
     (["--memory-gib", "0.1", "--context", "1000000"], "context "),
     (["--preset", "toy"], "--preset is for --plan"), (["--think-budget", "5"], "is for --chat"),
     (["--chat", "--samples", "2"], "--chat goes with neither"),
+    (["--plan", "--pattern", "M"], "goes with neither --preset nor --pattern"),
     (["--gpu", "h1000"], "must be one of none, a10g"),
-    (["--plan", "--preset", "nano"], "preset 'nano' is not one of"),
+    (["--plan", "--preset", "nano", "--checkpoint", ""], "preset 'nano' is not one of"),
     (["--device", "abacus"], "--device abacus: must be auto")])
 def test_bad_flags_are_one_line(fails, run_folder, flags, words):
     argv = ["--checkpoint", str(run_folder), "--device", "cpu", "--prompt",
