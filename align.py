@@ -26,8 +26,8 @@ There is no value network: the group's mean is the baseline. Groups whose answer
 have advantage 0 and are left out. Clipping takes the gradient away from a token that has moved far
 enough. The mean is over all tokens of the batch (both as in DAPO, arXiv 2503.14476); a mean per
 sample first would favour long wrong answers (Dr. GRPO, arXiv 2503.20783). beta is 0 by default, as
-there. The reward is 1 for the right answer and a tenth for the form. The
-last step is the paper's: the mean of the weights before and after RL.
+there. The reward is 1 for the right answer and a tenth for the form. The last step is the paper's:
+the mean of the weights before and after RL.
 
 Glossary: as in model.py. rollout: groups of samples that are learned from | group: the samples of
 one problem | logp: log-probability of a token that was said | budget: tokens of a thought, here as
