@@ -150,7 +150,8 @@ def measure_shapes(run):
     with concurrent.futures.ProcessPoolExecutor(
             os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for name, seed in itertools.product(configs, range(run.seeds)):
-            path = folder / f"{name.replace(' ', '-')}-{seed}-{run.steps}.json"
+            path = folder / (f"{name.replace(' ', '-')}-{seed}-{run.steps}-{run.batch_size}-"
+                             f"{run.lr:g}.json")
             if path.exists():
                 done[name, seed] = json.loads(path.read_text())
             else:
