@@ -9,7 +9,8 @@ tokens: a hybrid, a transformer with rotary positions and a pure Mamba, all at o
 over several seeds. The first test is the loss on text. The second is multi-query associative recall
 (MQAR, Zoology, arXiv 2312.04927). A row lists pairs of a key and a value; then the keys are
 repeated in another order, and each must be followed by its value. Training has 8 pairs out of 32
-keys, tests have 4 to 32.
+keys, tests have 4 to 32. Embeddings begin with a standard deviation of 1 and attention has one head
+of 64. With 0.11, the model's own, and heads of 16 the transformer did not learn it in 8,000 steps.
 
     python -m bench.model               ratios for training, prefill and decode; 3 min
     python -m bench.model --learn       loss and recall by shape and seed; 25 min
@@ -39,7 +40,7 @@ CONFIG = HybridConfig(pattern="M-M-M*-M-M*-", vocab_size=4096, d_model=256, mlp_
                       d_state=64, chunk_size=64)
 HYBRID = dict(pattern="M-M*-M-", d_model=128, mlp_dim=512, n_heads=4, n_kv_heads=2, head_dim=32,
               mamba_heads=8, mamba_head_dim=32, n_groups=2, d_state=32)
-SMALL = dict(pattern="M-*-M-", d_model=64, mlp_dim=128, n_heads=4, n_kv_heads=4, head_dim=16,
+SMALL = dict(pattern="M-*-M-", d_model=64, mlp_dim=128, n_heads=1, n_kv_heads=1, head_dim=64,
              mamba_heads=4, mamba_head_dim=32, n_groups=1, d_state=16)
 KEYS, TRAINED, ASKED = 32, 8, (4, 8, 16, 32)    # recall: keys; pairs in training, in tests
 SIDES = "this project", "transformers", "transformers, tuned"
@@ -153,8 +154,9 @@ def learn_recall(config, seed, steps):
     """Train a model on TRAINED pairs. Returns {pairs: share of the values that it recalls}."""
     torch.manual_seed(seed)
     model, found = HybridLM(config), {}
+    torch.nn.init.normal_(model.backbone.embeddings.weight)     # see the header
     training = train_fp8.Run(recipe="none", steps=steps, batch_size=64, seq_len=4 * TRAINED,
-                             lr=1e-2, warmup=0.1, eval_every=steps)
+                             lr=3e-3, warmup=0.1, eval_every=steps)
     train_fp8.train(training, model, None, batches=RecallBatches(TRAINED, 64, seed))
     for pairs in ASKED:
         tokens, labels, _ = RecallBatches(pairs, 256, 10 ** 6).next()
