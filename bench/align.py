@@ -34,11 +34,11 @@ from bench.model import shapes
 from bench.ssm import mean_and_spread
 from common import check_flags, flag, read_rows, script, tune_cpu, write_json
 from data import encoding_from_json, make_tokenizer
-from infer import speed_up_decode
+from infer import load_run, speed_up_decode
 from model import HybridLM
 
 LENGTHS, LONGER = (2, 3, 4), (2, 3, 4, 6)       # operations per problem: in training, in tests
-TESTS = 400                                     # problems of each length
+TESTS, MANY = 400, 1000                         # problems of each length; of all, for a stage
 CONTEXTS = (256, 1024, 4096, 16384)             # tokens in the cache where decoding is timed
 
 
@@ -80,6 +80,17 @@ def result_of(main, arguments, folder):
     return rows[-1]["final"]
 
 
+def recount(folder):
+    """{stage: accuracy on MANY problems} of a folder that align.py wrote. The merged model is the
+    mean of those before and after RL, so that the latter is twice the merged one less SFT's."""
+    (sft, encoding), (merged, _) = (load_run(path) for path in (folder / "sft", folder))
+    models = dict(sft=sft, rl=align.merge(sft.float(), merged.float(), 2.0), merged=merged)
+    problems = align.draw_problems(np.random.default_rng((9, 9)), MANY, LENGTHS, test=True)
+    with torch.no_grad():
+        return {name: align.accuracy(model, encoding, problems)[0]
+                for name, model in models.items()}
+
+
 def measure_seeds(run):
     """Run the pipeline once per seed, all from one base. Returns tables of accuracy and loss."""
     aligned, compressed = [], []
@@ -91,9 +102,11 @@ def measure_seeds(run):
             prune_distill.main, ["--teacher", str(folder), "--no-scratch", *shared],
             folder.with_name(f"seed-{seed}-compressed")))
     column = lambda rows, key: [row[key] for row in rows]
-    print(f"\naccuracy, mean and standard deviation over {run.seeds} seeds, each seed")
-    table = {name: show(name, column(aligned, f"accuracy_{name}"))
-             for name in ("base", "sft", "rl", "merged")}
+    stages = [recount(pathlib.Path(run.out) / f"seed-{seed}") for seed in range(run.seeds)]
+    print(f"\naccuracy, mean and standard deviation over {run.seeds} seeds, each seed; of "
+          f"{MANY} problems after SFT, RL and merging, else of {align.TESTS}")
+    table = {"base": show("base", column(aligned, "accuracy_base"))}
+    table |= {name: show(name, column(stages, name)) for name in ("sft", "rl", "merged")}
     table["rl - sft"] = show("rl - sft", [a - b for a, b in zip(table["rl"]["each"],
                                                                 table["sft"]["each"])])
     for lines in aligned[0]["accuracy_by_budget"]:

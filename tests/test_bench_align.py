@@ -9,7 +9,7 @@ import torch
 from bench import align as bench
 from bench import model as bench_model
 from data import load_data, make_tokenizer
-from model import HybridLM
+from model import HybridConfig, HybridLM, save_hf
 
 
 def test_the_three_shapes_have_equal_parameters_width_and_depth():
@@ -54,7 +54,28 @@ def pretend_scripts(monkeypatch):
     return asked
 
 
-def test_seeds_are_paired_and_kept(pretend_scripts, tmp_path):
+def test_stages_are_recounted_with_the_models_of_each(monkeypatch, tmp_path):
+    """The model after RL is found again from the merged one and that before RL."""
+    config = HybridConfig(pattern="M-", vocab_size=272, d_model=16, mlp_dim=16, mamba_heads=2,
+                          mamba_head_dim=8, n_groups=1, d_state=8)
+    sft, rl, seen = HybridLM(config), HybridLM(config), []
+    for folder, model in ((tmp_path / "sft", sft), (tmp_path, bench.align.merge(sft, rl, 0.5))):
+        save_hf(model, folder)
+        (folder / "tokenizer.json").write_text(make_tokenizer("bytes", [], 0), encoding="utf-8")
+
+    def accuracy(model, encoding, problems):
+        seen.append([p.clone() for p in model.parameters()])
+        return len(problems) / 1000, []
+    monkeypatch.setattr(bench.align, "accuracy", accuracy)
+    assert bench.recount(tmp_path) == dict(sft=1.0, rl=1.0, merged=1.0)
+    for model, found in zip((sft, rl), seen):
+        for mine, truth in zip(found, model.parameters()):
+            torch.testing.assert_close(mine, truth)
+
+
+def test_seeds_are_paired_and_kept(pretend_scripts, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "recount", lambda folder: dict(
+        sft=0.8 + 0.01 * int(folder.name[-1]), rl=0.9, merged=0.9))
     table = bench.measure_seeds(bench.Run(seeds=2, out=str(tmp_path)))
     assert table["rl - sft"]["each"] == pytest.approx([0.1, 0.09])
     assert table["sft"]["mean"] == pytest.approx(0.805)
