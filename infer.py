@@ -633,7 +633,7 @@ def check_plan(config, limit, context, batch, **more):
 
 def show_plan(run):
     """Print bytes by part, then for each GPU whether the total fits and the best possible speed."""
-    if run.checkpoint and not run.preset:
+    if run.checkpoint:
         config = read_config(pathlib.Path(run.checkpoint))
     else:
         changes = dict(pattern=run.pattern) if run.pattern else {}
@@ -644,8 +644,7 @@ def show_plan(run):
     total, ceilings = found["total_bytes"], {}
     print(f"{config.pattern}: {config.n_params():,} parameters in {str(dtype)[6:]}, {run.batch} x "
           f"{context} tokens, prefill chunks of {found['prefill_chunk']}")
-    print(f"{'':12s}{'GiB':>9s}{'fits':>6s}{'decode tok/s':>14s}{'prefill s':>11s}    (at best; "
-          "expect 70% of that speed, 25% without CUDA graphs)")
+    print(f"{'':12s}{'GiB':>9s}{'fits':>6s}{'decode tok/s':>14s}{'prefill s':>11s}    (at best)")
     for name, value in [*found["parts"].items(), ("total", total)]:
         print(f"{name:12s}{value / GIB:9.3f}")
     for name in GPUS if run.gpu == "none" else [run.gpu]:
@@ -692,7 +691,7 @@ class Run(Settings):
             if getattr(self, name) and not getattr(self, mode):
                 raise ValueError(f"{flag_name(name)} is for --{mode}")
         if self.checkpoint and (self.preset or self.pattern):
-            raise ValueError("--checkpoint has a shape: it goes with neither --preset nor --pattern")
+            raise ValueError("--checkpoint goes with neither --preset nor --pattern")
         if self.chat and (self.plan or self.samples > 1):
             raise ValueError("--chat goes with neither --plan nor --samples")
         if not all(self.prompt):
