@@ -767,7 +767,8 @@ def converse(run, chat, prompts, stats, once):
         while turns or not once:
             text = turns.pop(0) if turns else input("\n> " if sys.stdin.isatty() else "")
             seed = run.seed + len(answers)
-            answers += show((0, piece) for piece in chat.say(text, seed, stats))
+            with contextlib.closing(chat.say(text, seed, stats)) as answer:     # also on Ctrl-C
+                answers += show((0, piece) for piece in answer)
             print()
     except ContextFull as error:
         print(f"\nthe chat ends here: {error}")

@@ -99,6 +99,16 @@ def test_what_shapes_learn_from_a_text_is_kept(monkeypatch, text, tmp_path, caps
         assert all(0 <= row[f"recall, {n} pairs"]["mean"] < 0.3 for n in bench_model.ASKED)
 
 
+def test_recall_begins_with_large_embeddings(monkeypatch):
+    """With those of the model, 0.1, a transformer does not learn it."""
+    seen = []
+    monkeypatch.setattr(bench_model.train_fp8, "train", lambda run, model, text, batches:
+                        seen.append(model.backbone.embeddings.weight.std().item()))
+    config = bench_model.shapes(2 * bench_model.KEYS, bench_model.SMALL)["transformer"]
+    found = bench_model.learn_recall(config, seed=0, steps=1)
+    assert 0.95 < seen[0] < 1.05 and list(found) == [4, 8, 16, 32] and max(found.values()) < 0.2
+
+
 def test_recall_asks_every_key_once_and_its_value_is_what_was_told():
     tokens, labels, _ = bench_model.RecallBatches(5, 3, 0).next()
     again = bench_model.RecallBatches(5, 3, 0)
