@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import pytest
 import torch
@@ -84,6 +85,38 @@ def test_seeds_are_paired_and_kept(pretend_scripts, monkeypatch, tmp_path):
     assert table["1 lines of thought"]["mean"] == 0.5 and table["pruned loss"]["each"] == [5.0, 5.0]
     teachers = [argv[1] for argv in pretend_scripts if argv[0] == "--teacher"]
     assert teachers == [str(tmp_path / "seed-0"), str(tmp_path / "seed-1")]
+
+
+class NoProcesses:
+    """Stands in for a pool of processes: what would be learned is named instead."""
+
+    def __init__(self, processes, context):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, learn, run, name, *more):
+        raise LookupError(f"{name} is to be learned with a learning rate of {run.lr}")
+
+
+def test_a_shape_is_learned_once_per_setting(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.concurrent.futures, "ProcessPoolExecutor", NoProcesses)
+    monkeypatch.setenv("TQDM_DISABLE", "1")             # which the function sets
+    monkeypatch.setattr(bench, "Measured", lambda *sizes: types.SimpleNamespace(decode=0.5))
+    (tmp_path / "shapes").mkdir()
+    for name in ("hybrid", "transformer", "pure-Mamba"):
+        (tmp_path / "shapes" / f"{name}-0-300-16-0.003.json").write_text(json.dumps(
+            dict(accuracy={"2 steps, any lines": 0.5}, loss=1.0)))
+    table = bench.measure_shapes(bench.Run(seeds=1, out=str(tmp_path)))
+    assert table["hybrid"]["loss"]["mean"] == 1.0
+    assert table["pure Mamba"]["thought_tokens_per_s"][256] == 16.0
+    for other in (dict(lr=1e-3), dict(batch_size=8), dict(steps=200)):
+        with pytest.raises(LookupError, match="hybrid is to be learned"):
+            bench.measure_shapes(bench.Run(seeds=1, out=str(tmp_path), **other))
 
 
 def test_what_shapes_learn_from_a_text_is_kept(monkeypatch, text, tmp_path, capsys):
