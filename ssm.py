@@ -260,9 +260,8 @@ class _Chunk:
         # Decay between two positions, from the chunk's start, to its end, and across all of it.
         a = a.cumsum(1)
         at = a.movedim(1, -1).contiguous()                                  # (b, g, r, l)
-        causal = at.new_full((at.shape[-1], at.shape[-1]), -torch.inf).triu(1)
-        self.L = at[..., :, None] - at[..., None, :]            # (b, g, r, l, l): mask, then exp
-        self.L = torch.minimum(self.L, causal, out=self.L).exp_()
+        self.L = at[..., :, None] - at[..., None, :]            # (b, g, r, l, l)
+        self.L.clamp_(max=0).exp_().tril_()     # mask, then exp, of 0: exp(-inf) is 12x as slow
         self.head, self.tail = a.exp(), (a[:, -1:] - a).clamp_(max=0).exp_()    # (b, l, g, r) each
         if doc is not None:
             before, doc = doc[:, max(start - 1, 0), None], doc[:, s]
