@@ -199,9 +199,8 @@ def accuracy(model, encoding, problems, budget=None):
     any), and the texts. Sampled as the paper does: thoughts at temperature 0.6 and top-p 0.95, else
     greedy. A budget is in tokens: a thought is closed at the first newline after so many."""
     longest, line = max(len(p.lines) for p in problems), tokens_per_line(encoding)
-    tokens = -1 if budget is None else max((budget - 1) * line + 1, 0)
     settings = Settings(tokens=(longest + 2) * line + 8, temperature=0 if budget == 0 else 0.6,
-                        top_p=0.95, think_budget=tokens if budget else -1)
+                        top_p=0.95, think_budget=(budget - 1) * line + 1 if budget else -1)
     texts = [text for i in range(0, len(problems), 128) for _, _, text in answer_all(
         model, encoding, problems[i:i + 128], settings, thinking=budget != 0)]
     right = [verify(problem, text)[1] for problem, text in zip(problems, texts)]
@@ -451,11 +450,10 @@ def report_rl(run, sft, before, training, job, rows, val_loss):
     rl, texts = accuracy(job.model, encoding, problems)
     model = merge(load_run(sft, pick_device(run.device))[0].float(), job.model, 0.5)
     save_hf(model, run.out)
-    merged, _ = accuracy(model, encoding, problems)
-    hacks = look_for_hacks(problems, texts)
-    by_budget = accuracies(model, encoding, problems)
+    hacks, by_budget = look_for_hacks(problems, texts), accuracies(model, encoding, problems)
     print(f"\n{'':14s}{'accuracy':>9s}")
-    stages = dict(base=before["accuracy_base"], sft=before["accuracy_sft"], rl=rl, merged=merged)
+    stages = dict(base=before["accuracy_base"], sft=before["accuracy_sft"], rl=rl,
+                  merged=by_budget[max(by_budget)])
     for name, score in stages.items():
         print(f"{name:14s}{score:9.1%}")
     print(f"of the right answers after RL {hacks['no_thought']:.1%} had no thought, "
