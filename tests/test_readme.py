@@ -14,10 +14,10 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 SHORTER = {         # added to a command of this script, so that it takes seconds
-    "train_fp8.py": ["--steps", "2", "--batch-size", "2", "--seq-len", "32", "--tokenizer",
-                     "bytes", "--device", "cpu"],
+    "train_fp8.py": ["--pattern", "M-*-", "--steps", "2", "--batch-size", "2", "--seq-len", "32",
+                     "--tokenizer", "bytes", "--device", "cpu"],
     "align.py": ["--data", "my_texts", "--sft-steps", "2", "--rl-steps", "2", "--problems", "2",
-                 "--samples", "2", "--batch-size", "2", "--device", "cpu"],
+                 "--samples", "2", "--batch-size", "2", "--lengths", "1", "--device", "cpu"],
     "prune_distill.py": ["--data", "my_texts", "--steps", "2", "--samples", "4", "--batch-size",
                          "2", "--seq-len", "32", "--device", "cpu"],
     "stability.py": ["--data", "my_texts", "--tokenizer", "bytes", "--steps", "3", "--seq-len",
