@@ -10,6 +10,7 @@ Tensors are on the meta device: shapes and strides without memory. Works on Trit
 
 import collections
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -19,19 +20,19 @@ import sys
 import tempfile
 
 os.environ["TRITON_INTERPRET"] = "0"
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"        # as Triton has had it so far
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import ssm
 
-TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DISASSEMBLER = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 SHAPES = {"9B": (128, 80, 8, 128), "8B": (128, 64, 8, 128), "56B": (256, 64, 8, 256)}  # h, p, g, n
 
 
@@ -56,12 +57,13 @@ class NoDriver:
 
 @contextlib.contextmanager
 def compile_only(arch):
-    """Collects (kernel name, compiled kernel) of every launch inside; nothing runs."""
+    """Collects (kernel name, compiled kernel, what ptxas said) of every launch; nothing runs."""
     compiled, run, active = [], JITFunction.run, driver._active
 
     def compile(self, *arguments, grid, warmup, **options):
-        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__, kernel))
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        compiled.append((self.fn.__name__, kernel, log.getvalue()))
 
     driver.set_active(NoDriver(arch))
     JITFunction.run = compile
@@ -71,13 +73,13 @@ def compile_only(arch):
         JITFunction.run, driver._active = run, active
 
 
-def tool(*command, data):
-    """What a command-line tool prints about a file that holds data."""
+def disassemble(cubin):
+    """The machine code, as nvdisasm prints it."""
     with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
+        file.write(cubin)
         file.flush()
-        result = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
-        return result.stdout + result.stderr
+        return subprocess.run([DISASSEMBLER, "-c", file.name], capture_output=True, text=True,
+                              check=True).stdout
 
 
 def transposed_accumulators(ttir):
@@ -140,12 +142,9 @@ def transposed_accumulators(ttir):
     return sum(reaches(operand, False, set()) for operands in dots for operand in operands[:2])
 
 
-def facts(name, kernel):
+def facts(name, kernel, log):
     """What there is to judge about a compiled kernel."""
-    ptx, target = kernel.asm["ptx"], re.search(r"\.target (sm_\w+)", kernel.asm["ptx"]).group(1)
-    log = tool(get_ptxas(kernel.metadata.target.arch).path, "-v", f"--gpu-name={target}",
-               "-o", os.devnull, data=ptx.encode())
-    sass = tool(TOOLS / "nvdisasm", "-c", data=kernel.asm["cubin"])
+    sass = disassemble(kernel.asm["cubin"])
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
     return dict(kernel=name, shared=kernel.metadata.shared, spill=max(int(stores), int(loads)),
                 registers=int(re.search(r"Used (\d+) registers", log).group(1)),
@@ -201,8 +200,8 @@ def print_facts(arch, function, *arguments, **options):
     """Print a JSON line for every kernel that the function launches."""
     with compile_only(arch) as compiled:
         function(*arguments, **options)
-    for name, kernel in compiled:
-        print(json.dumps(dict(arch=arch) | options | facts(name, kernel)), flush=True)
+    for kernel in compiled:
+        print(json.dumps(dict(arch=arch) | options | facts(*kernel)), flush=True)
 
 
 def main(arch, shapes):
