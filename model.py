@@ -335,24 +335,13 @@ class HybridCache:
         for mine, saved in zip(self.states(), snapshot["states"], strict=True):
             mine.copy_(saved)
 
-    def change_rows(self, batch, change):
-        """A cache of `batch` rows whose tensors are change(tensor, axis of its rows)."""
-        other = copy.copy(self)
-        other.batch = batch
-        other.layers = [KVState(other, change(layer.kv, 1)) if isinstance(layer, KVState) else
-                        layer and MambaState(*(change(m, 0) for m in layer))
-                        for layer in self.layers]
-        other.start = None if self.start is None else change(self.start, 0)
-        return other
-
-    def expand(self, n):
-        """A new cache with n adjacent copies of every row, for n samples from one prefill."""
-        return self.change_rows(self.batch * n, lambda m, axis: m.repeat_interleave(n, axis))
-
     def row(self, i, start=0):
         """Row i as an empty cache in the same memory, for a prompt that begins at `start`."""
-        other = self.change_rows(1, lambda m, axis: m.narrow(axis, i, 1))
-        other.pos = start
+        other, part = copy.copy(self), lambda m, axis: m.narrow(axis, i, 1)
+        other.layers = [KVState(other, part(layer.kv, 1)) if isinstance(layer, KVState) else
+                        layer and MambaState(*(part(m, 0) for m in layer))
+                        for layer in self.layers]
+        other.batch, other.pos = 1, start
         other.start = torch.tensor([start], device=self.device) if start else None
         for m in other.states():
             m.zero_()
@@ -659,12 +648,6 @@ def read_tensors(folder):
                 from None
 
 
-def set_parameter(model, name, value):
-    """Replace the parameter of this name with a tensor."""
-    module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(value))
-
-
 def load_hf(folder, device="cpu", dtype=None):
     """A HybridLM from a Hugging Face folder: config.json and model.safetensors, whole or in shards.
 
@@ -675,10 +658,10 @@ def load_hf(folder, device="cpu", dtype=None):
     config = read_config(folder)
     with torch.device("meta"):
         model = HybridLM(config)
-    wanted, loaded = dict(model.named_parameters()), set()
+    wanted, tensors = dict(model.named_parameters()), {}
     for file, key, value in read_tensors(folder):
         name = "backbone." + key.removeprefix("model.") if key.startswith("model.") else key
-        if name not in wanted or name in loaded:
+        if name not in wanted or name in tensors:
             raise ValueError(f"{file}: tensor {key} is not part of pattern {config.pattern}, or is "
                              "there twice")
         if value.dtype not in FLOAT_DTYPES:
@@ -690,11 +673,11 @@ def load_hf(folder, device="cpu", dtype=None):
         target = dtype or value.dtype
         if name.endswith(FP32_PARAMETERS):
             target = torch.promote_types(target, torch.float32)
-        set_parameter(model, name, value.to(device=device, dtype=target, copy=True))
-        loaded.add(name)
-    missing = sorted(set(wanted) - loaded)
+        tensors[name] = value.to(device=device, dtype=target, copy=True)
+    missing = sorted(set(wanted) - set(tensors))
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} first")
+    model.load_state_dict(tensors, assign=True)
     return model
 
 

@@ -47,7 +47,7 @@ of the loss added by pruning that training has removed.
 Left out: different widths per layer; a search over attention heads (`prune` can remove them; the
 papers keep them); distillation from stored logits; a teacher too large for one GPU.
 
-    python prune_distill.py                     out/aligned -> out/compressed, 2 min on 2 cores
+    python prune_distill.py                     out/aligned -> out/compressed, 2 to 4 min on 2 cores
     python prune_distill.py --list --preset nemotron-nano-12b-v2 --memory-gib 19.66 --context 131072
     python prune_distill.py --list --preset nemotron-h-56b --memory-gib 31.7 --context 1000000 \
         --weight-bits 4 --kv-bits 8
@@ -76,7 +76,7 @@ from common import (GIB, check_flags, flag, pick_device, pick_dtype, rank_and_si
                     script, settings_of, start_processes)
 from data import Batches, load_data
 from infer import load_run, workspace_bytes
-from model import HybridConfig, HybridLM, labelled, set_parameter
+from model import HybridConfig, HybridLM, labelled
 from ssm import accumulator, first_derivatives_only
 from train_fp8 import Job, check_memory, evaluate, shard, train, train_in_folder
 
@@ -304,11 +304,11 @@ def prune(model, keep):
 
     with torch.device("meta"):
         student = HybridLM(config, model.compute_dtype)
-    for name, p in list(student.named_parameters()):
+    for name, p in student.named_parameters():
         if tensors[name].shape != p.shape:
             raise ValueError(f"{name} would be pruned to {tuple(tensors[name].shape)}, the "
                              f"configuration says {tuple(p.shape)}: all layers need one width")
-        set_parameter(student, name, tensors[name])
+    student.load_state_dict(tensors, assign=True)
     return student.train(model.training)
 
 

@@ -27,7 +27,7 @@ from bench.ssm import median_seconds
 from common import GIB, check_flags, flag, free_bytes, pick_device, read_rows, script, tune_cpu
 from infer import (Decoder, check_plan, decode_one, decode_settings, load_run, peak_bytes, plan,
                    prefill, roofline, speed_up_decode, start_rows, step_bytes)
-from model import FP32_PARAMETERS, PRESETS, HybridConfig, HybridLM, set_parameter
+from model import FP32_PARAMETERS, PRESETS, HybridConfig, HybridLM
 
 # ------------------------------------------------------------------------------------------------
 # Speed
@@ -37,10 +37,10 @@ def build_random(config, device="cpu", dtype=torch.float32, seed=0):
     """A HybridLM for inference with random weights in dtype; it takes only their memory."""
     with torch.device("meta"):
         model = HybridLM(config)
-    for name, p in list(model.named_parameters()):
-        wide = torch.promote_types(dtype, torch.float32)
-        stored = wide if name.endswith(FP32_PARAMETERS) else dtype
-        set_parameter(model, name, torch.ones(p.shape, dtype=stored, device=device))
+    wide = torch.promote_types(dtype, torch.float32)
+    stored = lambda name: wide if name.endswith(FP32_PARAMETERS) else dtype
+    model.load_state_dict({name: torch.ones(p.shape, dtype=stored(name), device=device)
+                           for name, p in model.named_parameters()}, assign=True)
     torch.manual_seed(seed)
     model.init_weights()                # of all but the norms, which stay 1
     return speed_up_decode(model.eval())

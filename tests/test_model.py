@@ -237,20 +237,15 @@ def test_last_only_gives_the_last_logits_and_computes_no_others():
 
 
 @torch.no_grad()
-def test_snapshot_restore_and_expand_are_exact():
+def test_snapshot_and_restore_are_exact():
     model, tokens = tiny(), torch.randint(0, 61, (2, 12))
     cache = model.init_cache(2, 20)
     model(tokens, cache)
     saved = cache.snapshot()
     first = model(tokens[:, :5], cache)
-    cache.restore(saved)
-    assert cache.pos == 12 and torch.equal(model(tokens[:, :5], cache), first)
-    cache.restore(saved)
-    wide = cache.expand(3)
-    again = model(tokens[:, :5].repeat_interleave(3, 0), wide)
-    assert_close([again], [first.repeat_interleave(3, 0)], ["samples"], 1e-12)
-    assert torch.equal(model(tokens[:, :5], cache),
-                       first), "the expanded cache must be its own memory"
+    for _ in range(2):          # the snapshot stays usable
+        cache.restore(saved)
+        assert cache.pos == 12 and torch.equal(model(tokens[:, :5], cache), first)
 
 
 def test_cache_bytes_are_the_bytes_of_its_tensors():
