@@ -119,15 +119,11 @@ def check_template(folder):
                          f"{folder} has another: write its turns out in --prompt")
 
 
-def load_run_model(folder, device="cpu", dtype=None):
-    """A HybridLM for inference: `load_hf`, eval mode, faster decoding. dtype None: as stored."""
-    return speed_up_decode(load_hf(folder, device, dtype).eval())
-
-
 def load_run(folder, device="cpu", dtype=None):
-    """(HybridLM, data.Encoding). Errors as in `load_encoding` and `load_hf`."""
+    """(HybridLM for inference, data.Encoding) of a model folder; dtype None: as stored. Errors as
+    in `load_encoding` and `load_hf`."""
     encoding = load_encoding(folder)
-    return load_run_model(folder, device, dtype), encoding
+    return speed_up_decode(load_hf(folder, device, dtype).eval()), encoding
 
 
 # ------------------------------------------------------------------------------------------------
@@ -729,7 +725,7 @@ def load_what_fits(run, folder, prompts):
         tune_cpu()
     elif asked and cuda:            # torch then refuses what exceeds the limit
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
-    model = load_run_model(folder, device, None if run.dtype == "auto" else dtype)
+    model, _ = load_run(folder, device, None if run.dtype == "auto" else dtype)
     print(f"{folder}: {config.pattern}, {config.n_params() / 1e6:.1f} M parameters, {device}, "
           f"{str(dtype)[6:]}, planned {found['total_bytes'] / GIB:.3f} GiB for {context} tokens\n")
     return model, encoding, context, found["prefill_chunk"]

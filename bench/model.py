@@ -32,8 +32,8 @@ from bench.infer import equal_transformer
 from bench.ssm import mean_and_spread, median_seconds
 from common import check_flags, flag, script, tune_cpu, write_json
 from data import load_data
-from infer import decode_one, load_run_model, prefill
-from model import HybridConfig, HybridLM, save_hf
+from infer import decode_one, prefill, speed_up_decode
+from model import HybridConfig, HybridLM, load_hf, save_hf
 
 CONFIG = HybridConfig(pattern="M-M-M*-M-M*-", vocab_size=4096, d_model=256, mlp_dim=1024, n_heads=4,
                       n_kv_heads=2, head_dim=64, mamba_heads=8, mamba_head_dim=64, n_groups=2,
@@ -48,7 +48,7 @@ SIDES = "this project", "transformers", "transformers, tuned"
 
 def measure_ours(folder, tokens):
     """(model, loss(), prefill(rows) -> cache, decode(cache, last)) of this project."""
-    model = load_run_model(folder)
+    model = speed_up_decode(load_hf(folder).eval())
 
     def run_prompt(rows):
         cache = model.init_cache(len(rows), tokens.shape[1] + 64)
