@@ -28,9 +28,7 @@ import pathlib
 import signal
 import statistics
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import stability
@@ -50,7 +48,7 @@ class Run(stability.Run):
     seed: int = flag(0, "the first seed", at_least=0, at_most=2 ** 60, session=True)
     seeds: int = flag(3, "number of seeds", at_least=1, session=True)
     workers: int = flag(0, "processes; 0: one per core, or per GPU", at_least=0, session=True)
-    out: str = flag("out/bench-stability", "folder of the trials and plots", session=True)
+    out: str = flag("out/bench-stability", "folder of the trials and the plot", session=True)
 
     @property
     def all_seeds(self):
@@ -264,40 +262,9 @@ def print_norms(bad, good):
               + f"output over 2x {since}")
 
 
-def plot_heat(run, trials, table, path):
-    """Draw the last loss by method and learning rate, mean over seeds. A grey field diverged with
-    some seed; a red bar is at the max stable learning rate."""
-    values = np.full((len(run.methods), len(run.lr)), np.nan)
-    figure = Figure(figsize=(1.6 + 0.95 * len(run.lr), 1.6 + 0.42 * len(run.methods)),
-                    layout="constrained")
-    axis = figure.subplots()
-    for (i, method), (j, lr) in itertools.product(enumerate(run.methods), enumerate(run.lr)):
-        found = [t for t in trials if (t["method"], t["lr"]) == (method, lr)
-                 and t["seed"] in run.all_seeds]
-        bad = sum(bool(t["diverged"]) for t in found)
-        if found and not bad:
-            values[i, j] = statistics.mean(t["loss"] for t in found)
-        text = f"diverged\n{bad} of {len(found)}" if bad else f"{values[i, j]:.2f}" if found else ""
-        axis.text(j, i, text, ha="center", va="center", fontsize=7 if bad else 9)
-    means = {m: mean for m, row in table.items() if (mean := log_mean(row["lrs"]["as defined"])[0])}
-    for method, mean in means.items():
-        place = np.interp(math.log(mean), np.log(run.lr), range(len(run.lr)))
-        i = run.methods.index(method)
-        axis.plot([place, place], [i - 0.42, i + 0.42], color="#c44e52", linewidth=3)
-    axis.set_facecolor("#dddddd")
-    image = axis.imshow(values, aspect="auto", cmap="viridis_r", alpha=0.75)
-    figure.colorbar(image, ax=axis, label="last validation loss [nats per token]")
-    best, worst = (f(means, key=means.get, default=None) for f in (max, min))
-    axis.set(xticks=range(len(run.lr)), xticklabels=[f"{lr:g}" for lr in run.lr],
-             yticks=range(len(run.methods)), yticklabels=run.methods, xlabel="learning rate",
-             title=f"Max stable learning rate (red): {best} {means[best]:.2g}, {worst} "
-                   f"{means[worst]:.2g}" if means else "Loss by method and learning rate")
-    figure.savefig(path, dpi=120)
-
-
 def report(run, trials, unigram):
-    """Print the tables, draw the plots, return the result."""
-    table, folder = summarise(run, trials, unigram), pathlib.Path(run.out)
+    """Print the tables, draw the plot, return the result."""
+    table = summarise(run, trials, unigram)
     print(f"\n{run.seeds} seeds, resolution a factor of {run.resolution:g}; unigram entropy "
           f"{unigram:.3f} nats per token")
     print_table(run, table)
@@ -307,8 +274,7 @@ def report(run, trials, unigram):
     for pair in pairs:
         print_norms(*pair)
     if pairs:
-        stability.plot_pair(*pairs[0], folder / "norms.png")
-    plot_heat(run, trials, table, folder / "sweep.png")
+        stability.plot_pair(*pairs[0], pathlib.Path(run.out) / "norms.png")
     mean = lambda what, rule: {m: log_mean(row[what][rule])[0] for m, row in table.items()}
     return dict(max_lr=mean("lrs", "as defined"),
                 lower_bounds=[m for m, row in table.items() if row["open"]],

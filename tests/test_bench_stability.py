@@ -152,7 +152,7 @@ def test_a_sweep_over_seeds_reports_by_three_rules(swept):
     assert set(result["ratio_to_qk_norm"]) == set(bench.RULES) and result["trials"] == 8
     assert "order        baseline < qk_norm cannot be told" in printed
     assert "seed 1, baseline at 30 over baseline at 0.01" in printed
-    assert all((out / name).stat().st_size > 10_000 for name in ("sweep.png", "norms.png"))
+    assert (out / "norms.png").stat().st_size > 10_000
 
 
 def test_a_trial_is_the_same_alone_and_in_a_pool(swept, text):
