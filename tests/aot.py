@@ -10,7 +10,6 @@ Tensors are on the meta device: shapes and strides without memory. Works on Trit
 
 import collections
 import contextlib
-import io
 import json
 import os
 import pathlib
@@ -20,19 +19,19 @@ import sys
 import tempfile
 
 os.environ["TRITON_INTERPRET"] = "0"
-os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"        # as Triton has had it so far
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import ssm
 
-DISASSEMBLER = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHAPES = {"9B": (128, 80, 8, 128), "8B": (128, 64, 8, 128), "56B": (256, 64, 8, 256)}  # h, p, g, n
 
 
@@ -57,13 +56,12 @@ class NoDriver:
 
 @contextlib.contextmanager
 def compile_only(arch):
-    """Collects (kernel name, compiled kernel, what ptxas said) of every launch; nothing runs."""
+    """Collects (kernel name, compiled kernel) of every launch inside; nothing runs."""
     compiled, run, active = [], JITFunction.run, driver._active
 
     def compile(self, *arguments, grid, warmup, **options):
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__, kernel, log.getvalue()))
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        compiled.append((self.fn.__name__, kernel))
 
     driver.set_active(NoDriver(arch))
     JITFunction.run = compile
@@ -73,13 +71,13 @@ def compile_only(arch):
         JITFunction.run, driver._active = run, active
 
 
-def disassemble(cubin):
-    """The machine code, as nvdisasm prints it."""
+def tool(*command, data):
+    """What a command-line tool prints about a file that holds data."""
     with tempfile.NamedTemporaryFile() as file:
-        file.write(cubin)
+        file.write(data)
         file.flush()
-        return subprocess.run([DISASSEMBLER, "-c", file.name], capture_output=True, text=True,
-                              check=True).stdout
+        result = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+        return result.stdout + result.stderr
 
 
 def transposed_accumulators(ttir):
@@ -142,9 +140,12 @@ def transposed_accumulators(ttir):
     return sum(reaches(operand, False, set()) for operands in dots for operand in operands[:2])
 
 
-def facts(name, kernel, log):
+def facts(name, kernel):
     """What there is to judge about a compiled kernel."""
-    sass = disassemble(kernel.asm["cubin"])
+    ptx, target = kernel.asm["ptx"], re.search(r"\.target (sm_\w+)", kernel.asm["ptx"]).group(1)
+    log = tool(get_ptxas(kernel.metadata.target.arch).path, "-v", f"--gpu-name={target}",
+               "-o", os.devnull, data=ptx.encode())
+    sass = tool(TOOLS / "nvdisasm", "-c", data=kernel.asm["cubin"])
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
     return dict(kernel=name, shared=kernel.metadata.shared, spill=max(int(stores), int(loads)),
                 registers=int(re.search(r"Used (\d+) registers", log).group(1)),
@@ -200,8 +201,8 @@ def print_facts(arch, function, *arguments, **options):
     """Print a JSON line for every kernel that the function launches."""
     with compile_only(arch) as compiled:
         function(*arguments, **options)
-    for kernel in compiled:
-        print(json.dumps(dict(arch=arch) | options | facts(*kernel)), flush=True)
+    for name, kernel in compiled:
+        print(json.dumps(dict(arch=arch) | options | facts(name, kernel)), flush=True)
 
 
 def main(arch, shapes):

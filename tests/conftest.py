@@ -26,6 +26,13 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+def pytest_collection_modifyitems(items):
+    """What takes long to set up comes first: a test that another process takes from the end of the
+    list would set it up again.
+    """
+    items.sort(key=lambda item: item.path.stem not in ("test_triton", "test_train_fp8"))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
