@@ -261,7 +261,7 @@ class _Chunk:
         a = a.cumsum(1)
         at = a.movedim(1, -1).contiguous()                                  # (b, g, r, l)
         self.L = at[..., :, None] - at[..., None, :]            # (b, g, r, l, l)
-        self.L.clamp_(max=0).exp_().tril_()     # mask, then exp, of 0: exp(-inf) is 12x as slow
+        self.L.clamp_(max=0).exp_().tril_()     # mask, then exp; a mask of -inf is 12x as slow
         self.head, self.tail = a.exp(), (a[:, -1:] - a).clamp_(max=0).exp_()    # (b, l, g, r) each
         if doc is not None:
             before, doc = doc[:, max(start - 1, 0), None], doc[:, s]

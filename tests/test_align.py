@@ -362,6 +362,7 @@ def test_an_alignment_leaves_the_mean_of_both_stages_and_its_accuracies(aligned,
     align.main(["--eval", str(aligned), "--device", "cpu", "--lengths", "1", "2"])
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert shown["accuracy_by_budget"] == result["accuracy_by_budget"]
+    assert shown["accuracy_by_budget"]["2"] == result["accuracy_merged"]
 
 
 @pytest.mark.parametrize("stop", [1, 3])

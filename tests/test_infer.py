@@ -709,7 +709,7 @@ def test_the_largest_batch_does_not_depend_on_the_batch_that_was_asked():
                               mlp_dim=2048)
         total = lambda n: plan(config, context, n, torch.float32, config.chunk_size)["total_bytes"]
         limit = total(most)
-        for batch in (1, most, most + 1):
+        for batch in (1, most, most + 1, 3 * most):
             found = plan(config, context, batch, torch.float32, limit=limit)
             assert found["largest_batch"] == most, (pattern, batch)
             assert found["fits"] == (batch <= most), (pattern, batch)
