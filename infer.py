@@ -45,11 +45,12 @@ import pathlib
 import re
 import sys
 import time
+import weakref
 
 import torch
 import torch.nn.functional as F
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import (GIB, StopRequest, check_flags, flag, flag_name, free_bytes, pick_device,
                     read_json, read_rows, script, tune_cpu)
@@ -142,15 +143,38 @@ class FusedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class LiveBytes(TorchDispatchMode):
+    """While it is on: `now`, the bytes of the tensors that operations have made and that are still
+    alive, and `peak`, the most so far. `known` tensors are not counted. Views share a storage."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.storages = weakref.WeakSet(m.untyped_storage() for m in known)
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for m in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(m, torch.Tensor):
+                self.add(m.untyped_storage())
+        return result
+
+    def add(self, storage):
+        if storage not in self.storages:
+            self.storages.add(storage)
+            self.change(storage.nbytes())
+            weakref.finalize(storage, self.change, -storage.nbytes())
+
+    def change(self, nbytes):
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
 def traced_peak(run, *known):
     """Peak bytes that run() allocates on the meta device, beyond the tensors of `known`."""
-    tracker = MemTracker()
-    tracker.track_external(*known)
-    total = lambda moment: sum(m["Total"] for m in tracker.get_tracker_snapshot(moment).values())
-    before = total("current")        # the known tensors
-    with FusedAttention(), tracker:
+    with FusedAttention(), LiveBytes(known) as live:
         run()
-    return total("peak") - before
+    return live.peak
 
 
 @torch.inference_mode()
@@ -170,7 +194,7 @@ def workspace_bytes(config, tokens, context, batch=1, dtype=torch.bfloat16):
         for layer, state in zip(model.backbone.layers, cache.layers):
             y = layer(y, state)
         model.backbone.norm_f(y)
-    return x.nbytes + traced_peak(run, model, x, *cache.states(), *cache.kv())
+    return x.nbytes + traced_peak(run, *model.parameters(), x, *cache.states(), *cache.kv())
 
 
 def plan(config, context, batch=1, dtype=torch.bfloat16, prefill_chunk=0, limit=None, snapshots=0,

@@ -428,7 +428,8 @@ def check_memory(run, config, dtype, device):
         tokens = torch.zeros(rows, run.seq_len, dtype=torch.int64)
     whole, gib = 4 * config.n_params(), lambda n: f"{n / GIB:,.2f} GiB"
     parts = dict(weights=whole // size, gradients=whole // size, optimizer=2 * (whole // size),
-                 activations=traced_peak(lambda: model.loss(tokens, tokens), model, tokens))
+                 activations=traced_peak(lambda: model.loss(tokens, tokens), *model.parameters(),
+                                         tokens))
     total, takes = sum(parts.values()), ", ".join(f"{name} {gib(n)}" for name, n in parts.items())
     print(f"memory       {gib(total)} per step: {takes}")
     on_device = total * processes if device == "cpu" else total

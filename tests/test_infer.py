@@ -778,7 +778,7 @@ def test_a_trace_of_training_is_what_training_allocates():
                           n_kv_heads=1, head_dim=16, mamba_heads=4, mamba_head_dim=8, d_state=16)
     with torch.device("meta"):
         model, tokens = HybridLM(config), torch.zeros(2, 96, dtype=torch.int64)
-    predicted = traced_peak(lambda: model.loss(tokens, tokens), model, tokens)
+    predicted = traced_peak(lambda: model.loss(tokens, tokens), *model.parameters(), tokens)
     kept, real = {}, HybridLM(config)
     known = {p.untyped_storage().data_ptr() for p in real.parameters()}
     tokens = torch.zeros(2, 96, dtype=torch.int64)
