@@ -2,13 +2,15 @@
 flags.
 """
 
-import os
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 
 import pytest
+from bench import infer as bench
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,10 +45,12 @@ def test_the_test_command_is_there_once_for_the_ci():
     assert lines[0] == "pip install -r requirements.txt && python -m pytest"
 
 
-def test_every_command_runs(tmp_path):
+def test_every_command_runs(tmp_path, monkeypatch):
     """In order, in one folder, as a reader would; the text folder that the README speaks of is made
-    first.
+    first. A script runs as `python script.py` runs it, without importing torch again.
     """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())        # a chat ends
     (tmp_path / "my_texts").mkdir()
     for i in range(3):
         (tmp_path / "my_texts" / f"{i}.txt").write_text("words and more words\n" * 60)
@@ -58,25 +62,25 @@ def test_every_command_runs(tmp_path):
         assert words[0] in ("python", "torchrun"), f"do not know how to run: {command}"
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         script, flags = words[at], words[at + 1:]
-        launcher = []
-        if words[0] == "torchrun":          # at full size a cluster's; here the toy, two processes
-            launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-            flags = [flag if not flag.startswith("nemotron") else "toy" for flag in flags]
         assert (ROOT / script).exists(), command
         if script == "train_fp8.py" and "--data" not in flags:
             flags += ["--data", "my_texts"]
         shorter = SHORTER.get(script, [])
         if "out/shards" in flags and script == "train_fp8.py":      # have a tokenizer of their own
             shorter = [flag for flag in shorter if flag not in ("--tokenizer", "bytes")]
-        result = subprocess.run([sys.executable, *launcher, ROOT / script, *flags,
-                                 *shorter], cwd=tmp_path, capture_output=True,
-                                text=True)
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        argv = [str(ROOT / script), *flags, *shorter]
+        if words[0] == "torchrun":          # at full size a cluster's; here the toy, two processes
+            argv = [flag if not flag.startswith("nemotron") else "toy" for flag in argv]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+            result = subprocess.run([*launcher, *argv], capture_output=True, text=True)
+            assert result.returncode == 0, f"{command}\n{result.stderr}"
+        else:
+            print(f"$ {command}")           # the last one is shown if it fails
+            monkeypatch.setattr(sys, "argv", argv)
+            runpy.run_path(argv[0], run_name="__main__")
         ran += 1
     assert ran >= 10
-    picture = subprocess.run([sys.executable, "-m", "bench.infer", "--picture"], cwd=tmp_path,
-                             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert picture.returncode == 0, picture.stderr
+    bench.main(["--picture"])
     assert (tmp_path / "out" / "pipeline.png").exists()         # all three stages left their logs
 
 
