@@ -25,13 +25,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import ssm
 
-TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHAPES = {"9B": (128, 80, 8, 128), "8B": (128, 64, 8, 128), "56B": (256, 64, 8, 256)}  # h, p, g, n
 
 
@@ -56,28 +55,20 @@ class NoDriver:
 
 @contextlib.contextmanager
 def compile_only(arch):
-    """Collects (kernel name, compiled kernel) of every launch inside; nothing runs."""
+    """Collects (kernel name, kernel compiled to PTX) of every launch inside; nothing runs."""
     compiled, run, active = [], JITFunction.run, driver._active
+    assemble = CUDABackend.make_cubin
 
     def compile(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         compiled.append((self.fn.__name__, kernel))
 
     driver.set_active(NoDriver(arch))
-    JITFunction.run = compile
+    JITFunction.run, CUDABackend.make_cubin = compile, lambda *_: b""       # `facts` assembles
     try:
         yield compiled
     finally:
-        JITFunction.run, driver._active = run, active
-
-
-def tool(*command, data):
-    """What a command-line tool prints about a file that holds data."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        result = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
-        return result.stdout + result.stderr
+        JITFunction.run, CUDABackend.make_cubin, driver._active = run, assemble, active
 
 
 def transposed_accumulators(ttir):
@@ -142,14 +133,15 @@ def transposed_accumulators(ttir):
 
 def facts(name, kernel):
     """What there is to judge about a compiled kernel."""
-    ptx, target = kernel.asm["ptx"], re.search(r"\.target (sm_\w+)", kernel.asm["ptx"]).group(1)
-    log = tool(get_ptxas(kernel.metadata.target.arch).path, "-v", f"--gpu-name={target}",
-               "-o", os.devnull, data=ptx.encode())
-    sass = tool(TOOLS / "nvdisasm", "-c", data=kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    target = re.search(r"\.target (sm_\w+)", ptx).group(1)
+    log = subprocess.run([get_ptxas(kernel.metadata.target.arch).path, "-v", f"--gpu-name={target}",
+                          "-o", os.devnull, "-"], input=ptx, capture_output=True, text=True,
+                         check=True).stderr
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
     return dict(kernel=name, shared=kernel.metadata.shared, spill=max(int(stores), int(loads)),
                 registers=int(re.search(r"Used (\d+) registers", log).group(1)),
-                hgmma=len(re.findall(r"\bHGMMA", sass)), hmma=len(re.findall(r"\bHMMA", sass)),
+                wgmma=ptx.count("wgmma.mma_async"), mma=ptx.count("mma.sync"),
                 dots=kernel.asm["ttir"].count("tt.dot "),
                 transposed=transposed_accumulators(kernel.asm["ttir"]))
 

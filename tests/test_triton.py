@@ -433,7 +433,7 @@ def test_compiled_kernels_fit_the_gpu(arch, compiled):
         assert k["shared"] <= SHARED[arch] and k["spill"] <= budget, k
 
 
-@pytest.mark.parametrize("arch, fast, slow", [(86, "hmma", "hgmma"), (90, "hgmma", "hmma")])
+@pytest.mark.parametrize("arch, fast, slow", [(86, "mma", "wgmma"), (90, "wgmma", "mma")])
 def test_compiled_kernels_use_the_matrix_units(arch, fast, slow, compiled):
     """On Hopper all dots are wgmma: none is too small for it and falls back."""
     for k in compiled[arch]:
