@@ -114,26 +114,29 @@ def test_a_file_is_old_or_new_and_a_torn_log_ends_where_it_is_torn(tmp_path):
     assert read_rows(tmp_path / "none") == []
 
 
-def open_elsewhere(path, answers):
-    try:
-        with RunFolder(path, {}):
-            answers.put("free")
-    except FileExistsError as error:
-        answers.put(str(error))
+def open_when_asked(path, asked, answers):
+    while asked.get():
+        try:
+            with RunFolder(path, {}):
+                answers.put("free")
+        except FileExistsError as error:
+            answers.put(str(error))
 
 
 def test_a_folder_is_held_by_one_process_and_set_free(tmp_path):
     """Whoever comes meanwhile is refused, even to overwrite; a missing folder is not made."""
     context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
+    asked, answers = context.Queue(), context.Queue()
+    other = context.Process(target=open_when_asked, args=(tmp_path, asked, answers))
+    other.start()
 
     def ask():
-        process = context.Process(target=open_elsewhere, args=(tmp_path, answers))
-        process.start()
-        process.join()
-        return answers.get()
+        asked.put(True)
+        return answers.get(timeout=60)
     with RunFolder(tmp_path, {}):
         assert "another process is at work" in ask()
     assert ask() == "free"
+    asked.put(False)
+    other.join()
     with RunFolder(tmp_path / "new", {}):
         assert not (tmp_path / "new").exists()
