@@ -10,6 +10,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,11 +43,18 @@ def seed():
 
 @pytest.fixture(scope="session", autouse=True)
 def short_reports():
-    """At the end of a run 8 tokens are sampled instead of 120, and 20 problems answered, not 200.
+    """At the end of a run 8 tokens are sampled instead of 120, 20 problems answered, not 200, and
+    plots drawn small, without arranging their parts.
     """
     sample = lambda model, encoding, prompt, _, **more: infer.generate(
         model, encoding, prompt, 8, **more)
+    draw = Figure.savefig
+
+    def draw_small(figure, path, dpi):
+        figure.set_layout_engine("none")
+        draw(figure, path, dpi=dpi / 6)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", draw_small)
         patch.setattr(train_fp8, "generate", sample)
         patch.setattr(align, "TESTS", 20)
         yield
