@@ -1,7 +1,7 @@
 """Every kernel of ssm.py, compiled for GPUs that are not there, and what the compiler made of it.
 
-    python tests/aot.py 86 9B 8B            A10G; a JSON line per kernel    40 s
-    python tests/aot.py 90 9B 8B 56B        H100
+    python tests/aot.py 86 90 9B 8B         A10G and H100; a JSON line per kernel, 1 to 2 min
+    python tests/aot.py 90 56B
 
 A driver that only answers "which GPU?" stands in for CUDA and every launch stops after compiling,
 so that the arguments are specialised (type, equal to 1, divisible by 16) as in a real launch.
@@ -208,4 +208,5 @@ def main(arch, shapes):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        main(int(sys.argv[1]), sys.argv[2:])
+        for arch in filter(str.isdigit, sys.argv[1:]):
+            main(int(arch), [word for word in sys.argv[1:] if word in SHAPES])

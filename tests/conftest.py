@@ -44,17 +44,17 @@ def seed():
 @pytest.fixture(scope="session", autouse=True)
 def short_reports():
     """At the end of a run 8 tokens are sampled instead of 120, 20 problems answered, not 200, and
-    plots drawn small, without arranging their parts.
+    plots drawn without arranging their parts.
     """
     sample = lambda model, encoding, prompt, _, **more: infer.generate(
         model, encoding, prompt, 8, **more)
     draw = Figure.savefig
 
-    def draw_small(figure, path, dpi):
+    def draw_at_once(figure, path, dpi):
         figure.set_layout_engine("none")
-        draw(figure, path, dpi=dpi / 6)
+        draw(figure, path, dpi=dpi)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", draw_small)
+        patch.setattr(Figure, "savefig", draw_at_once)
         patch.setattr(train_fp8, "generate", sample)
         patch.setattr(align, "TESTS", 20)
         yield

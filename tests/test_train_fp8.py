@@ -345,16 +345,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(text, tmp_path):
     """SIGKILL three times at random moments, between and during checkpoints; the end equals an
     undisturbed run.
     """
-    run_main(text, tmp_path / "whole", "--steps", "24", "--eval-every", "1")
+    run_main(text, tmp_path / "whole", "--steps", "16", "--eval-every", "1")
     out = tmp_path / "killed"
-    for step, delay in ((3, 0.0), (9, 0.013), (15, 0.031)):
-        process = start(text, out, "--steps", "24", "--eval-every", "1")
+    for step, delay in ((2, 0.0), (6, 0.013), (10, 0.031)):
+        process = start(text, out, "--steps", "16", "--eval-every", "1")
         wait_for_step(process, step)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         torch.load(out / "train_state.pt", weights_only=True)        # complete, whenever it died
-    run_main(text, out, "--steps", "24", "--eval-every", "1")
+    run_main(text, out, "--steps", "16", "--eval-every", "1")
     assert_same_run(tmp_path / "whole", out)
 
 
