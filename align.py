@@ -35,7 +35,7 @@ lines | text: the corpus of pre-training, mixed in so that it is not forgotten
 
 Left out: DPO, RLHF, a value network, asynchronous samplers, several GPUs.
 
-    python align.py                    out/base -> out/aligned, 3 to 7 min on 2 cores
+    python align.py                    out/base -> out/aligned, 3 to 13 min on 2 cores
     python align.py --eval FOLDER      accuracy of any run folder, by budget
     python -m bench.align              seeds; against a transformer and a pure Mamba of equal size
 """

@@ -47,7 +47,7 @@ of the loss added by pruning that training has removed.
 Left out: different widths per layer; a search over attention heads (`prune` can remove them; the
 papers keep them); distillation from stored logits; a teacher too large for one GPU.
 
-    python prune_distill.py                     out/aligned -> out/compressed, 2 to 4 min on 2 cores
+    python prune_distill.py                     out/aligned -> out/compressed, 2 to 8 min on 2 cores
     python prune_distill.py --list --preset nemotron-nano-12b-v2 --memory-gib 19.66 --context 131072
     python prune_distill.py --list --preset nemotron-h-56b --memory-gib 31.7 --context 1000000 \
         --weight-bits 4 --kv-bits 8

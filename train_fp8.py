@@ -41,7 +41,7 @@ parallelism, a model larger than a host's memory.
 Glossary: as in model.py. code: an 8-bit float | grid: the values that have a code | inv_scale: 1 /
 scale | block: elements that share a scale | tile: a block of one row | grad_norm: before clipping
 
-    python train_fp8.py                     the toy on Python's library, 3 to 7 min on 2 cores
+    python train_fp8.py                     the toy on Python's library, 3 to 12 min on 2 cores
     python -m bench.train_fp8               recipes against no FP8 over seeds; time; memory
 """
 
