@@ -209,4 +209,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for arch in filter(str.isdigit, sys.argv[1:]):
-            main(int(arch), [word for word in sys.argv[1:] if word in SHAPES])
+            main(int(arch), [word for word in sys.argv[1:] if not word.isdigit()])
