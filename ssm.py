@@ -130,13 +130,13 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, initial_states=None, seq_idx=None):
     B, C = B.to(u.dtype), C.to(u.dtype)
 
     S, ys = S.unflatten(1, (g, -1)), []                         # heads of a group side by side
-    for i in range(t):
-        decay = a[:, i].exp()                                               # (b, h)
+    for i, (ui, ai, Bi, Ci) in enumerate(zip(*[m.unbind(1) for m in (u, a, B, C)])):
+        decay = ai.exp()                                                    # (b, h)
         if doc is not None and i > 0:
             decay = decay * (doc[:, i] == doc[:, i - 1])[:, None]
-        ui = u[:, i].view(b, g, h // g, p)
-        S = decay.view(b, g, h // g, 1, 1) * S + torch.einsum("bgrp,bgn->bgrpn", ui, B[:, i])
-        ys.append(torch.einsum("bgrpn,bgn->bgrp", S, C[:, i]).reshape(b, h, p))
+        ui = ui.view(b, g, h // g, p)
+        S = decay.view(b, g, h // g, 1, 1) * S + torch.einsum("bgrp,bgn->bgrpn", ui, Bi)
+        ys.append(torch.einsum("bgrpn,bgn->bgrp", S, Ci).reshape(b, h, p))
     y = torch.stack(ys, 1)                                                  # (b, t, h, p)
 
     if D is not None:
