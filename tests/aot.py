@@ -1,7 +1,7 @@
 """Every kernel of ssm.py, compiled for GPUs that are not there, and what the compiler made of it.
 
-    python tests/aot.py 86 90 9B 8B         A10G and H100; a JSON line per kernel, 1 to 2 min
-    python tests/aot.py 90 56B
+    python tests/aot.py 86 9B 9B-packed 90 9B 8B        A10G and H100, the shapes of each
+    python tests/aot.py 90 56B                          a JSON line per kernel, 2 s each
 
 A driver that only answers "which GPU?" stands in for CUDA and every launch stops after compiling,
 so that the arguments are specialised (type, equal to 1, divisible by 16) as in a real launch.
@@ -197,16 +197,19 @@ def print_facts(arch, function, *arguments, **options):
         print(json.dumps(dict(arch=arch) | options | facts(name, kernel)), flush=True)
 
 
-def main(arch, shapes):
-    ssm.INTERPRETED, ssm.generation = True, lambda device: arch // 10     # meta tensors are taken
-    print_facts(arch, bad_kernels)
-    for shape in shapes:
-        for packed in (False, True) if shape == "9B" else (False,):
-            print_facts(arch, launch_everything, *SHAPES[shape], packed=packed)
+def main(words):
+    ssm.INTERPRETED = True                              # meta tensors are taken
+    for word in words:
+        if word.isdigit():
+            arch = int(word)
+            ssm.generation = lambda device: arch // 10
+            print_facts(arch, bad_kernels)
+        else:
+            print_facts(arch, launch_everything, *SHAPES[word.removesuffix("-packed")],
+                        packed=word.endswith("-packed"))
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        for arch in filter(str.isdigit, sys.argv[1:]):
-            main(int(arch), [word for word in sys.argv[1:] if not word.isdigit()])
+        main(sys.argv[1:])

@@ -6,13 +6,10 @@ The interpreter keeps bfloat16 as 16-bit patterns. Its dot multiplies the patter
 to nearest even. Kernels that compute in float32, and meet bfloat16 in loads, stores, conversions
 and dots alone, are right with these two replaced.
 
-Half of its time went into three things that are the same each time: the language's functions were
-replaced again whenever one @triton.jit function called another, every sum of integers was checked
-for overflow by a dozen operations of the language, and dtypes were looked up in a new dictionary.
-Triton 3.6 to 3.9.
+Half of its time went into two things: the language's functions are replaced again whenever one
+@triton.jit function calls another, and every sum of integers is checked for overflow by a dozen
+operations of the language, without a word where it does. Here once, and in two. Triton 3.6 to 3.9.
 """
-
-import functools
 
 import numpy
 import triton.language as tl
@@ -57,7 +54,6 @@ interpreter._convert_float = rounding_convert
 interpreter.InterpreterBuilder.create_dot = exact_dot
 OPERATIONS = {"add": "add", "sub": "subtract", "mul": "multiply"}
 TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
-interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 interpreter._patch_lang(tl.sum.fn)          # triton.language.core; a launch replaces what it uses
 interpreter.InterpretedFunction.__call__ = lambda self, *arguments, **options: (
     self.rewrite()(*arguments, **options))
