@@ -1,5 +1,7 @@
 """The statistics over known trials, and a sweep in a pool of processes."""
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -128,20 +130,12 @@ def flags(text, out, *more):
             "qk_norm", "--seeds", "2", "--workers", "2", "--out", str(out), *more]
 
 
-def start(text, out, *more):
-    command = [sys.executable, "-m", "bench.stability", *flags(text, out, *more)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, preexec_fn=lambda: signal.signal(
-                                signal.SIGINT, signal.default_int_handler))
-
-
 @pytest.fixture(scope="module")
 def swept(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "out"
-    process = start(text, out)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors[-2000:]
-    return out, printed
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        bench.main(flags(text, out))
+    return out, printed.getvalue()
 
 
 def test_a_sweep_over_seeds_reports_by_three_rules(swept):
@@ -183,7 +177,11 @@ def test_a_sweep_goes_on_where_it_stopped(swept, text, tmp_path, capsys, fails):
 
 def test_ctrl_c_ends_the_trials_that_run(text, tmp_path):
     """Exit code 130 at once, though the trials would take an hour."""
-    process = start(text, tmp_path / "out", "--steps", "99999", "--lr", "1e-5")
+    command = [sys.executable, "-m", "bench.stability", *flags(
+        text, tmp_path / "out", "--steps", "99999", "--lr", "1e-5")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, preexec_fn=lambda: signal.signal(
+                                   signal.SIGINT, signal.default_int_handler))
     while "are done" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     time.sleep(8)

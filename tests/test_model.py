@@ -1,7 +1,9 @@
 """The model is the released architecture: in its numbers, in its logits, in its files."""
 
+import contextlib
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
@@ -15,10 +17,11 @@ import torch.nn.functional as F
 from conftest import ROOT, assert_close
 from safetensors.torch import load_file, save_file
 
+import bench.model as bench_model
 import common
 import model as model_file
 import ssm
-from bench.model import SIDES, compare
+from bench.model import SIDES
 from model import (PRESETS, HybridConfig, HybridLM, RMSNorm, config_from_hf, config_to_hf,
                    cross_entropy, load_hf, rotate, save_hf)
 
@@ -812,10 +815,21 @@ def test_script_errors_are_one_line(fails, argv, words):
     assert words in fails(model_file.main, argv)
 
 
-def test_benchmark_runs_all_sides(capsys):
-    """A tiny batch: the figures mean nothing here, the command has to work."""
+def test_benchmark_runs_all_sides(capsys, monkeypatch):
+    """A tiny batch: the figures mean nothing here, the command has to work. What needs transformers
+    runs in this process, which has imported it.
+    """
     pytest.importorskip("transformers")
-    result = compare(batch=2, length=32, rounds=1)
+    run = subprocess.run
+
+    def run_here(command, **options):
+        if SIDES[0] in command:
+            return run(command, **options)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            bench_model.main(command[3:])
+        return subprocess.CompletedProcess(command, 0, printed.getvalue())
+    monkeypatch.setattr(subprocess, "run", run_here)
+    result = bench_model.compare(batch=2, length=32, rounds=1)
     assert set(result["tokens_per_s"]) == set(SIDES)
     assert all(value > 0 for side in result["tokens_per_s"].values() for value in side.values())
     assert set(result["ratios"]["transformers"]) == {"train", "prefill", "decode1", "decode2"}

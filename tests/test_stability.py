@@ -4,6 +4,7 @@ learning rate.
 
 import contextlib
 import copy
+import io
 import json
 import math
 import signal
@@ -585,10 +586,9 @@ def flags(text, out, *more):
 @pytest.fixture(scope="module")
 def swept(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "out"
-    command = [sys.executable, str(ROOT / "stability.py"), *flags(text, out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out, done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        stability.main(flags(text, out))
+    return out, printed.getvalue()
 
 
 def test_a_sweep_finds_the_max_stable_learning_rate_and_reports_it(swept):
