@@ -27,6 +27,7 @@ import bench.model  # noqa: E402
 import bench.ssm  # noqa: E402
 import bench.train_fp8  # noqa: E402
 import infer  # noqa: E402
+import prune_distill  # noqa: E402
 import train_fp8  # noqa: E402
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -58,7 +59,7 @@ def short_reports():
     draw = Figure.savefig
 
     def draw_at_once(figure, path, dpi):
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
         draw(figure, path, dpi=dpi)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", draw_at_once)
@@ -66,6 +67,22 @@ def short_reports():
         patch.setattr(align, "TESTS", 20)
         for file in (bench.ssm, bench.gpu, bench.infer, bench.model, bench.train_fp8):
             patch.setattr(file, "median_seconds", measure_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once():
+    """Plans of the same shapes share their traces."""
+    trace, known = infer.workspace_bytes, {}
+
+    def remember(config, tokens, context, batch=1, dtype=torch.bfloat16):
+        key = repr(config), tokens, context, batch, dtype
+        if key not in known:
+            known[key] = trace(config, tokens, context, batch, dtype)
+        return known[key]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer, "workspace_bytes", remember)
+        patch.setattr(prune_distill, "workspace_bytes", remember)
         yield
 
 

@@ -54,21 +54,6 @@ def run_folder(tmp_path_factory, tokenizer_json):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    """Plans of the same shapes share their traces."""
-    traces = {}
-
-    def remember(config, tokens, context, batch=1, dtype=torch.bfloat16):
-        key = repr(config), tokens, context, batch, dtype
-        if key not in traces:
-            traces[key] = workspace_bytes(config, tokens, context, batch, dtype)
-        return traces[key]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer, "workspace_bytes", remember)
-        yield
-
-
 @pytest.fixture
 def loaded(run_folder):
     return load_run(run_folder)
