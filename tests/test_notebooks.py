@@ -27,7 +27,7 @@ def test_there_are_notebooks():
 def test_notebook_runs_and_its_assertions_hold(path):
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
-    NotebookClient(notebook, timeout=120, kernel_name="python3",
+    NotebookClient(notebook, timeout=120, kernel_name="python3", shutdown_kernel="immediate",
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     assert time.perf_counter() - start < 120
 
