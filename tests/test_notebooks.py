@@ -7,7 +7,7 @@ import pathlib
 import sys
 import time
 
-sys.modules["rfc3987_syntax"] = None    # a check of addresses that nothing here needs: 2 s to import
+sys.modules["rfc3987_syntax"] = None    # checks addresses, which nothing here has: 2 s to import
 
 import nbformat
 import pytest

@@ -20,6 +20,9 @@ from ssm import Mamba2, MambaState, random_inputs, ssd, ssd_chunked, ssd_recurre
 
 if not ssm.TRITON:
     pytest.skip("triton is not installed", allow_module_level=True)
+import triton
+import triton.language as tl
+
 if ssm.INTERPRETED:
     import triton_interpreter  # noqa: F401
 
@@ -85,6 +88,25 @@ def test_the_kernels_are_the_recurrence_with_every_gradient(t, g, p, n, dtype):
     h = 16 if t < 10 else 4
     leaves, seq_idx = inputs(1 + t % 2, t, h, p, g, n, dtype, packed=g > 1)
     assert_exact(leaves, seq_idx)
+
+
+@pytest.mark.skipif(not ssm.INTERPRETED, reason="on a GPU integers wrap around")
+@pytest.mark.parametrize("name, number", [("mul", 2 ** 30), ("add", 2 ** 31 - 3),
+                                          ("sub", 2 - 2 ** 31)])
+def test_an_offset_that_overflows_is_an_error(name, number):
+    @triton.jit
+    def kernel(out, number, name: tl.constexpr):
+        i = tl.arange(0, 4)
+        if name == "mul":
+            value = number * i
+        elif name == "add":
+            value = number + i
+        else:
+            value = number - i
+        tl.store(out + i, value)
+    kernel[1,](torch.zeros(4, dtype=torch.int32), 5, name)
+    with pytest.raises(Exception, match=f"int32 overflows in {name}"):
+        kernel[1,](torch.zeros(4, dtype=torch.int32), number, name)
 
 
 def test_half_precision():
