@@ -1,7 +1,7 @@
 """Every kernel of ssm.py, compiled for GPUs that are not there, and what the compiler made of it.
 
-    python tests/aot.py 86 9B 9B-packed 90 9B 8B        A10G and H100, the shapes of each
-    python tests/aot.py 90 56B                          a JSON line per kernel, 2 s each
+    python tests/aot.py 86 9B 9B-packed 90 8B       A10G and H100, each followed by its shapes;
+    python tests/aot.py 90 56B                      a JSON line per kernel, 2 s each
 
 A driver that only answers "which GPU?" stands in for CUDA and every launch stops after compiling,
 so that the arguments are specialised (type, equal to 1, divisible by 16) as in a real launch.

@@ -7,6 +7,8 @@ import sys
 # tensors are tiny, and two processes must not fight over the cores
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# nbformat would take 2 s to import it, for a check of addresses that no notebook needs
+sys.modules["rfc3987_syntax"] = None
 
 import pytest
 import torch

@@ -4,10 +4,7 @@ run.
 
 import json
 import pathlib
-import sys
 import time
-
-sys.modules["rfc3987_syntax"] = None    # checks addresses, which nothing here has: 2 s to import
 
 import nbformat
 import pytest
